@@ -1,0 +1,851 @@
+"""Episodes on disk, batches of slices, published formats, run folders, statistics.  Copy me beside any
+script.
+
+    episodes = Episodes.create("data/mine", {"pendulum-spin": (3, 1, 500)})   # {task: (obs_dim, act_dim, T)}
+    episodes.append("pendulum-spin", obs, act, rew, term)                    # (t+1,O) (t,A) (t,) (t,), t <= T
+    sampler = episodes.sampler(["pendulum-spin"], horizon=16, device="cuda")
+    obs, act, rew, task = sampler.sequences(512, torch.Generator().manual_seed(0))
+
+Shapes: N episodes, T steps at most per episode, O obs, A act, B batch, H horizon, K tasks; time first in
+batches. Action act[t] leads from obs[t] to obs[t+1] and earns rew[t]; term[t] says that obs[t+1] is a
+terminal state (a time limit is not).  Bad input ends the program with one sentence: what was seen, what is
+expected, what to type.
+"""
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import time
+import zipfile
+from collections import OrderedDict
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import torch
+
+FORMAT = 1                    # of the episode folders; raise it when the layout changes
+SLAB_BYTES = 256 << 20        # how much of a published chunk is in RAM at once while it is converted
+
+
+# ------------------------------------------------------------------------------------------------------ files
+@contextmanager
+def _full_disk(what):
+    """Turn 'no space left' (or 'over quota') into one sentence; every writer here leaves the old state
+    intact."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SystemExit(f"the disk is full while writing {what}: nothing written earlier is lost; free some "
+                         "space and type the same command again") from e
+
+
+def _check_room(folder, need, what):
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise SystemExit(f"{what} needs {need / 1e9:.3f} GB but {folder} has {free / 1e9:.3f} GB free: "
+                         "nothing was written; free some space or choose another folder")
+
+
+def _write_atomic(path, write):
+    """Call write(file) on a temporary file in the same folder, then rename it: readers see old or new, never
+    half."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)           # after an error or Ctrl-C; the rename has consumed it otherwise
+
+
+def _pwrite(fd, data, at):
+    data = memoryview(data).cast("B")
+    while len(data):                               # one call writes 2 GiB at most
+        n = os.pwrite(fd, data, at)
+        data, at = data[n:], at + n
+
+
+# --------------------------------------------------------------------------------------------------- episodes
+def _layout(facts):
+    """{file: (shape of one episode, dtype)} for facts = (obs_dim, act_dim, T)."""
+    O, A, T = facts
+    f4 = np.dtype("<f4")
+    return {"obs": ((T + 1, O), f4), "act": ((T, A), f4), "rew": ((T,), f4), "term": ((T,), np.dtype("?")),
+            "length": ((), np.dtype("<i4"))}
+
+
+def _header(n, row, dtype):
+    """The .npy header of an (n, *row) array; numpy pads it, so that its size does not depend on n."""
+    f = io.BytesIO()
+    np.lib.format.write_array_header_1_0(f, {"descr": dtype.str, "fortran_order": False, "shape": (n, *row)})
+    return f.getvalue()
+
+
+class Episodes:
+    """Per-task folders of plain .npy files: obs (N,T+1,O) f32, act (N,T,A) f32, rew (N,T) f32, term (N,T)
+    bool, length (N,) i32, and meta.json.  An episode of `length` t uses t steps and t+1 observations; the
+    rest is zero and never read.  Attributes: path; tasks (tuple, in the order of creation); facts {task:
+    (obs_dim, act_dim, T)}."""
+
+    def __init__(self, path, facts):
+        self.path, self.facts, self.tasks = Path(path), facts, tuple(facts)
+
+    @classmethod
+    def open(cls, path, tasks=None):
+        """Open what exists, in the order of `tasks` (default: order of creation).  Reads headers only.
+        SystemExit: nothing there, an unknown task, an unfinished conversion, damaged or foreign files."""
+        book = Path(path) / "convert.json"
+        if book.exists() and not json.loads(book.read_text())["complete"]:
+            raise SystemExit(f"{path} holds an unfinished conversion: run the same convert_tdmpc2 again to "
+                             "finish it")
+        known = cls._metas(path)
+        if not known:
+            raise SystemExit(f"no episodes in {path}: expected folders with a meta.json; make them with "
+                             "data.convert_tdmpc2(src, dst) or data.Episodes.create(path, facts)")
+        missing = [t for t in tasks or () if t not in known]
+        if missing:
+            raise SystemExit(f"{path} has no task {missing[0]!r}; it has {', '.join(known)}")
+        self = cls(path, {t: known[t] for t in tasks or known})
+        self.counts()                        # touches every header: damage is reported now, not in hour three
+        return self
+
+    @classmethod
+    def create(cls, path, facts):
+        """Make folders for facts = {task: (obs_dim, act_dim, T)}; where they exist and agree this is
+        `open`."""
+        known = cls._metas(path)
+        for task, (O, A, T) in facts.items():
+            if not task or task.startswith(".") or min(O, A, T) < 1:
+                raise SystemExit(f"cannot store task {task!r} with (obs_dim, act_dim, T) = {(O, A, T)}: "
+                                 "expected a name that does not start with a dot and three positive numbers")
+            if task in known:
+                if known[task] != (O, A, T):
+                    raise SystemExit(f"{path} holds {task!r} with (obs_dim, act_dim, T) = {known[task]}, not "
+                                     f"{(O, A, T)}: choose another folder")
+                continue
+            folder = Path(path) / quote(task, safe="")
+            tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+            with _full_disk(folder):
+                tmp.mkdir(parents=True)
+                for name, (row, dtype) in _layout((O, A, T)).items():
+                    (tmp / f"{name}.npy").write_bytes(_header(0, row, dtype))
+                meta = {"format": FORMAT, "task": task, "obs_dim": O, "act_dim": A, "T": T,
+                        "order": len(known)}
+                (tmp / "meta.json").write_text(json.dumps(meta))
+                os.replace(tmp, folder)            # a folder that exists is complete
+            known[task] = (O, A, T)
+        return cls(path, {t: known[t] for t in facts})
+
+    @staticmethod
+    def _metas(path):
+        metas = []
+        for file in Path(path).glob("[!.]*/meta.json"):
+            try:
+                meta = json.loads(file.read_text())
+            except ValueError as e:
+                raise SystemExit(f"{file} is damaged ({e}): restore it, or delete its folder and make it "
+                                 "again")
+            if meta.get("format") != FORMAT:
+                raise SystemExit(f"{file} has format {meta.get('format')}, this data.py reads format "
+                                 f"{FORMAT}: use the data.py that wrote it, or convert again into another "
+                                 "folder")
+            metas.append(meta)
+        metas.sort(key=lambda m: (m["order"], m["task"]))
+        return {m["task"]: (m["obs_dim"], m["act_dim"], m["T"]) for m in metas}
+
+    def _file(self, task, name):
+        if task not in self.facts:
+            raise SystemExit(f"{self.path} has no task {task!r}; it has {', '.join(self.tasks)}")
+        return self.path / quote(task, safe="") / f"{name}.npy"
+
+    def _count(self, task):
+        """N of a task = the smallest over its files: an append that was cut short counts as not happened."""
+        counts = []
+        for name, (row, dtype) in _layout(self.facts[task]).items():
+            file = self._file(task, name)
+            try:
+                with open(file, "rb") as f:
+                    np.lib.format.read_magic(f)
+                    shape, _, found = np.lib.format.read_array_header_1_0(f)
+                    start, size = f.tell(), os.fstat(f.fileno()).st_size
+            except (OSError, ValueError) as e:
+                raise SystemExit(f"{file} cannot be read ({e}): restore it, or delete its folder and make it "
+                                 "again")
+            if shape[1:] != row or found != dtype:
+                raise SystemExit(f"{file} holds {found} {shape}, meta.json says {dtype} {('N', *row)}: "
+                                 "restore it")
+            if size < start + int(np.prod(shape)) * dtype.itemsize:
+                raise SystemExit(f"{file} is cut short: {size} bytes for {shape[0]} episodes; copy it again")
+            counts.append(shape[0])
+        return min(counts)
+
+    def counts(self):
+        """{task: N}, read from the files now (other processes may append)."""
+        return {task: self._count(task) for task in self.tasks}
+
+    def arrays(self, task):
+        """{"obs", "act", "rew", "term", "length"}: read-only memory maps of the N episodes there are now."""
+        n = self._count(task) if task in self.facts else 0               # _file() below explains a wrong name
+        return {name: np.memmap(self._file(task, name), dtype, "r", len(_header(n, row, dtype)), (n, *row))
+                for name, (row, dtype) in _layout(self.facts.get(task, (1, 1, 1))).items()}
+
+    def append(self, task, obs, act, rew, term):
+        """Add one episode: obs (t+1,O), act (t,A), rew (t,), term (t,), 1 <= t <= T; or several: lists of
+        such arrays. All or nothing, also when the process is killed or the disk is full.  SystemExit: wrong
+        shapes, NaN or inf."""
+        self._file(task, "obs")
+        O, A, T = self.facts[task]
+        many = [obs, act, rew, term]
+        if len(rew) and np.ndim(rew[0]) == 0:
+            many = [[x] for x in many]             # a single episode
+        if len({len(x) for x in many}) > 1:
+            raise SystemExit(f"append({task!r}): {[len(x) for x in many]} episodes in obs, act, rew, term; "
+                             "expected the same number")
+        n = len(many[0])
+        block = {name: np.zeros((n, *row), dtype) for name, (row, dtype) in _layout(self.facts[task]).items()}
+        for i, episode in enumerate(zip(*many)):
+            t = len(episode[2])
+            want = ((t + 1, O), (t, A), (t,), (t,))
+            values = [np.asarray(x.detach().cpu() if torch.is_tensor(x) else x) for x in episode]
+            if not 1 <= t <= T or tuple(x.shape for x in values) != want:
+                raise SystemExit(f"append({task!r}): episode {i} has obs, act, rew, term of shapes "
+                                 f"{[x.shape for x in values]}; expected (t+1,{O}) (t,{A}) (t,) (t,) with 1 "
+                                 f"<= t <= {T}: nothing was written")
+            for name, x in zip(("obs", "act", "rew", "term"), values):
+                with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, refused below
+                    block[name][i, :len(x)] = x
+                if not np.isfinite(block[name][i]).all():
+                    raise SystemExit(f"append({task!r}): episode {i} has NaN or inf in {name}; expected "
+                                     "finite float32 numbers: nothing was written")
+            block["length"][i] = t
+        self._write(task, block)
+
+    def _write(self, task, block):
+        """Append checked arrays (n, *row).  Order makes it safe: all data, fsync, only then the headers that
+        count."""
+        import fcntl
+        n = len(block["length"])
+        layout = _layout(self.facts[task])
+        if n == 0:
+            return
+        with ExitStack() as stack:
+            fds = {name: stack.enter_context(open(self._file(task, name), "r+b")).fileno() for name in layout}
+            fcntl.flock(fds["obs"], fcntl.LOCK_EX)                        # a second writer waits for its turn
+            have = self._count(task)
+            size = {name: os.fstat(fd).st_size for name, fd in fds.items()}
+            at = {name: len(_header(0, *layout[name])) + have * x[0].nbytes for name, x in block.items()}
+            need = sum(max(0, at[name] + x.nbytes - size[name]) for name, x in block.items())
+            _check_room(self.path, need, f"adding {n} episodes of {task!r}")
+            try:
+                with _full_disk(self.path):
+                    for name, fd in fds.items():
+                        _pwrite(fd, np.ascontiguousarray(block[name], layout[name][1]), at[name])
+                        os.fsync(fd)
+            except BaseException:
+                for name, fd in fds.items():
+                    os.ftruncate(fd, size[name])                             # give the space back
+                raise
+            self._set_count(task, fds, have + n)
+
+    def _set_count(self, task, fds, n):
+        for name, (row, dtype) in _layout(self.facts[task]).items():
+            _pwrite(fds[name], _header(n, row, dtype), 0)
+            os.fsync(fds[name])
+
+    def truncate(self, counts):
+        """Keep the first counts[task] episodes of each task (for an exact resume); the rest is overwritten
+        later."""
+        have = self.counts()
+        for task, n in counts.items():
+            self._file(task, "obs")
+            if not 0 <= n <= have[task]:
+                raise SystemExit(f"cannot cut {task!r} in {self.path} to {n} episodes: it has {have[task]}; "
+                                 "the data is older than the checkpoint, start without --resume")
+        for task, n in counts.items():
+            with ExitStack() as stack:
+                fds = {x: stack.enter_context(open(self._file(task, x), "r+b")).fileno()
+                       for x in _layout(self.facts[task])}
+                self._set_count(task, fds, n)
+
+    def sampler(self, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0, resident=None):
+        """A Sampler over the episodes there are now; make a new one after appending."""
+        return Sampler(self, tasks, horizon, device, obs_dim, act_dim, held_out, resident)
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+def _free_bytes(device):
+    """What a resident data set may take: 60 % of free GPU memory, or half of the RAM that is available."""
+    if device.type == "cuda":
+        return int(0.6 * torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024 // 2
+    except (OSError, KeyError):                    # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+class Sampler:
+    """Uniform slices of H steps: task uniform over tasks with data, episode uniform, start uniform in
+    0..length-H.
+
+    tasks: names (their position is the id returned).  obs_dim, act_dim: pad with zeros to this width
+    (default: the widest task).  held_out: about this fraction of each task's episodes is kept out of
+    training: numbers 3, 3+k, 3+2k, .. with k = round(1/held_out), so membership never changes as data grows
+    and four episodes have one.
+    resident: hold all rows on the device (True), read memory maps (False), or decide by free memory (None);
+    the batches are the same.  Attributes: resident, nbytes (size when resident), too_short (episodes shorter
+    than H).
+    SystemExit: unknown task, no data, a task with short episodes only, widths too small, no room for
+    resident=True."""
+
+    def __init__(self, episodes, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0,
+                 resident=None):
+        if not 0 <= held_out <= 0.5 or horizon < 1 or not len(tasks):
+            raise SystemExit(f"sampler: held_out={held_out}, horizon={horizon}, {len(tasks)} tasks; expected "
+                             "0 <= held_out <= 0.5, horizon >= 1 and at least one task")
+        self.tasks, self.horizon, self.device = tuple(tasks), int(horizon), torch.device(device)
+        self._maps = [episodes.arrays(task) for task in self.tasks]
+        widths = [m["obs"].shape[2] for m in self._maps], [m["act"].shape[2] for m in self._maps]
+        self.obs_dim, self.act_dim = obs_dim or max(widths[0]), act_dim or max(widths[1])
+        if self.obs_dim < max(widths[0]) or self.act_dim < max(widths[1]):
+            raise SystemExit(f"sampler: obs_dim={self.obs_dim}, act_dim={self.act_dim} are too small; the "
+                             f"tasks need {max(widths[0])} and {max(widths[1])}")
+        self._pools = self._split(held_out)
+        self._tables = {}                        # copies of the pools on the devices of the generators in use
+        rows = np.array([m["obs"].shape[0] * m["obs"].shape[1] for m in self._maps], np.int64)
+        self._row0 = torch.from_numpy(np.cumsum(rows) - rows).to(self.device)  # (K,) first flat row of a task
+        self._rows = torch.tensor([m["obs"].shape[1] for m in self._maps], device=self.device)   # (K,) T+1
+        self.nbytes = int(rows.sum()) * (self.obs_dim + self.act_dim + 1) * 4
+        free = _free_bytes(self.device)
+        self.resident = self.nbytes <= free if resident is None else resident
+        if resident and self.nbytes > free:
+            raise SystemExit(f"resident data needs {self.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB may be "
+                             f"used on {self.device}: use resident=False, fewer tasks, or another device")
+        if self.resident:
+            self._load(int(rows.sum()))
+
+    def _split(self, held_out):
+        """[training, held-out] pools: first, count (K,) per task into ep, room (number of starts) of all
+        episodes."""
+        self.too_short, picks = 0, ([], [])
+        for task, m in zip(self.tasks, self._maps):
+            length = np.array(m["length"])
+            number = np.arange(len(length))
+            held = (number >= 3) & ((number - 3) % round(1 / held_out) == 0) if held_out else number < 0
+            fits = length >= self.horizon
+            self.too_short += int((~fits).sum())
+            train, held = np.flatnonzero(fits & ~held), np.flatnonzero(fits & held)
+            if len(number) and not len(train):
+                raise SystemExit(f"task {task!r} has no training episode of {self.horizon} steps or more "
+                                 f"(its {len(number)} episodes have {length.max()} at most): use a smaller "
+                                 "horizon or collect longer episodes")
+            for pick, numbers in zip(picks, (train, held if len(held) else train)):
+                pick.append((numbers, length[numbers] - self.horizon + 1))
+        pools = []
+        for pick in picks:
+            count = np.array([len(numbers) for numbers, _ in pick], np.int64)
+            ep, room = (np.concatenate(x) for x in zip(*pick))
+            pools.append({"first": np.cumsum(count) - count, "count": count, "active": np.flatnonzero(count),
+                          "ep": ep, "room": room})
+        if not len(pools[0]["active"]):
+            raise SystemExit(f"none of {', '.join(self.tasks)} has episodes yet: collect or convert some "
+                             "first")
+        return pools
+
+    def _load(self, rows):
+        """Flat (rows, .) tensors; act and rew get one unused row per episode, so one index serves all
+        three."""
+        self._obs = torch.zeros(rows, self.obs_dim, device=self.device)
+        self._act = torch.zeros(rows, self.act_dim, device=self.device)
+        self._rew = torch.zeros(rows, device=self.device)
+        for m, row in zip(self._maps, self._row0.tolist()):
+            (n, T1, O), A = m["obs"].shape, m["act"].shape[2]
+            step = max(1, (64 << 20) // (4 * T1 * O))                        # read about 64 MB at a time
+            for a in range(0, n, step):
+                b = min(a + step, n)
+                part = slice(row + a * T1, row + b * T1)
+                for flat, name, steps, width in ((self._obs, "obs", T1, O), (self._act, "act", T1 - 1, A)):
+                    rows = torch.from_numpy(np.array(m[name][a:b]))
+                    flat[part].view(b - a, T1, -1)[:, :steps, :width] = rows
+                self._rew[part].view(b - a, T1)[:, :-1] = torch.from_numpy(np.array(m["rew"][a:b]))
+
+    def _draw(self, task, held_out, generator):
+        """Episode number and start row for a tensor of task ids, both shaped like it, on the generator's
+        device."""
+        pool = self._table(held_out, generator)
+        # double precision: u < 1 gives floor(u * n) < n for every n here, and no episode is favoured
+        u = torch.rand(2, *task.shape, dtype=torch.float64, generator=generator, device=generator.device)
+        pick = pool["first"][task] + (u[0] * pool["count"][task]).long()
+        return pool["ep"][pick], (u[1] * pool["room"][pick]).long()
+
+    def _table(self, held_out, generator):
+        key = bool(held_out), generator.device
+        if key not in self._tables:
+            pool = self._pools[key[0]]
+            self._tables[key] = {x: torch.from_numpy(v.astype(np.int64)).to(key[1]) for x, v in pool.items()}
+        return self._tables[key]
+
+    def _empty(self, *shape):
+        return torch.zeros(shape, pin_memory=self.device.type == "cuda")  # pinned: copies overlap work
+
+    def _send(self, x):
+        return x.to(self.device, non_blocking=True)
+
+    def sequences(self, batch, generator, held_out=False):
+        """obs (H+1,B,O) f32, act (H,B,A) f32, rew (H,B) f32, task (B,) int64, on the device.  generator: a
+        torch.Generator on the CPU or on the device.  A task without held-out episodes gives training ones."""
+        active, H = self._table(held_out, generator)["active"], self.horizon
+        task = active[torch.randint(len(active), (batch,), generator=generator, device=generator.device)]
+        ep, start = self._draw(task, held_out, generator)                    # (B,) (B,)
+        if self.resident:
+            task, ep, start = self._send(task), self._send(ep), self._send(start)
+            index = self._row0[task] + ep * self._rows[task] + start         # (B,)
+            index = index + torch.arange(H + 1, device=self.device)[:, None]                     # (H+1,B)
+            return self._obs[index], self._act[index[:-1]], self._rew[index[:-1]], task
+        obs, act = self._empty(H + 1, batch, self.obs_dim), self._empty(H, batch, self.act_dim)
+        rew, to = self._empty(H, batch), {"obs": H + 1, "act": H, "rew": H}
+        ids, ep, start = task.cpu().numpy(), ep.cpu().numpy()[:, None], start.cpu().numpy()[:, None]
+        for k in np.unique(ids):                                        # one gather per task, not per episode
+            b = np.flatnonzero(ids == k)
+            part = {x: np.asarray(self._maps[k][x])[ep[b], start[b] + np.arange(n)] for x, n in to.items()}
+            obs.numpy()[:, b, :part["obs"].shape[2]] = part["obs"].swapaxes(0, 1)
+            act.numpy()[:, b, :part["act"].shape[2]] = part["act"].swapaxes(0, 1)
+            rew.numpy()[:, b] = part["rew"].T
+        return self._send(obs), self._send(act), self._send(rew), self._send(task)
+
+    def starts(self, per_task, generator):
+        """obs (K, per_task, O) f32: first rows of training slices, the same distribution as sequences()."""
+        if len(self._pools[0]["active"]) < len(self.tasks):
+            empty = [t for t, n in zip(self.tasks, self._pools[0]["count"]) if n == 0]
+            raise SystemExit(f"task {empty[0]!r} has no episodes: collect or convert some, or leave it out")
+        task = torch.arange(len(self.tasks), device=generator.device)[:, None].expand(-1, per_task)
+        ep, start = self._draw(task, False, generator)                       # (K,per_task) each
+        if self.resident:
+            task, ep, start = self._send(task), self._send(ep), self._send(start)
+            return self._obs[self._row0[task] + ep * self._rows[task] + start]
+        obs = self._empty(len(self.tasks), per_task, self.obs_dim)
+        ep, start = ep.cpu().numpy(), start.cpu().numpy()
+        for k, m in enumerate(self._maps):
+            obs.numpy()[k, :, :m["obs"].shape[2]] = np.asarray(m["obs"])[ep[k], start[k]]
+        return self._send(obs)
+
+
+# ------------------------------------------------------------------- reading torch files without running them
+class _Items(dict):
+    """Stands for OrderedDict and its like: keeps the items, ignores the attributes."""
+    def __setstate__(self, state):
+        pass
+
+
+class _Object:
+    """Stands for an instance of a class that is never imported: keeps arguments and attributes as values."""
+    args, state = (), {}                           # unpickling may skip __init__
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+_NUMPY = {"dtype": type("_Dtype", (_Object,), {}), "_reconstruct": type("_Array", (_Object,), {}),
+          "scalar": type("_Scalar", (_Object,), {}), "ndarray": _Object}
+
+
+def _plain(x):
+    """Nested dict/list/tuple of tensors and numbers out of the stand-ins above."""
+    if isinstance(x, dict):
+        return {_plain(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(_plain(v) for v in x)
+    if not isinstance(x, _Object):
+        return x
+    if isinstance(x, (_NUMPY["_reconstruct"], _NUMPY["scalar"])):
+        # numpy's own pickle layout: array state (version, shape, dtype, fortran, bytes); scalar(dtype, bytes)
+        array = isinstance(x, _NUMPY["_reconstruct"])
+        shape, dtype, fortran, raw = x.state[1:] if array else ((), *x.args[:1], False, x.args[1])
+        name = dtype.args[0]
+        if not isinstance(raw, bytes) or name[:1] not in "biufc":
+            raise SystemExit(f"refused numpy dtype {name!r} in the file: only numbers are read")
+        order = dtype.state[1] if dtype.state and dtype.state[1] in "<>" else "="
+        value = np.frombuffer(raw, np.dtype(name).newbyteorder(order)).astype(np.dtype(name))
+        value = value.reshape(shape, order="F" if fortran else "C")
+        return torch.from_numpy(np.ascontiguousarray(value)) if array else value.item()
+    state = x.args[1] if len(x.args) == 2 else x.state      # tensordict pickles f(cls, state) since 2025
+    return _plain(state.get("_tensordict", state))
+
+
+class _Reader(pickle.Unpickler):
+    """Looks names up in a table of harmless stand-ins; a name that is not in it is refused, never
+    imported."""
+
+    def __init__(self, file, storage, path):
+        super().__init__(file)
+        self.persistent_load, self.path = storage, path
+
+    def find_class(self, module, name):
+        full, top = f"{module}.{name}", module.split(".")[0]
+        dtype = getattr(torch, name.removesuffix("Storage").lower(), None)
+        if full in _KNOWN:
+            return _KNOWN[full]
+        if name == "RunningMeanStd" or \
+                top == "tensordict" and name in ("TensorDict", "_StringOnlyDict", "_make_td"):
+            return _Items if name == "_StringOnlyDict" else _Object
+        if module == "torch" and isinstance(dtype, torch.dtype):           # torch.FloatStorage, torch.float32
+            return dtype
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in _NUMPY:
+            return _NUMPY[name]
+        raise SystemExit(f"{self.path} asks for {full}, which is not on the list of harmless names: refused, "
+                         "nothing was executed; if you trust the file, re-save it as a dict of tensors")
+
+
+def _tensor(storage, offset, size, stride, *_):
+    return torch.as_strided(storage, size, stride, offset)
+
+
+def _tensor_v3(storage, offset, size, stride, grad, hooks, dtype, *_):
+    return torch.as_strided(storage.view(dtype), size, stride, offset)
+
+
+def _first(x=(), *_):
+    return x
+
+
+def _latin1(text, *_):
+    return text.encode("latin1")                   # how protocol 2 writes bytes
+
+
+_KNOWN = {"collections.OrderedDict": _Items, "torch.Size": tuple,
+          "torch.device": lambda *where: ":".join(map(str, where)),
+          "torch._utils._rebuild_tensor_v2": _tensor, "torch._utils._rebuild_tensor_v3": _tensor_v3,
+          "torch._utils._rebuild_parameter": _first,
+          "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
+          "torch.storage.UntypedStorage": torch.uint8, "_codecs.encode": _latin1,
+          "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8, "builtins.set": list,
+          "__builtin__.set": list}
+
+
+def safe_load(path, mmap=True):
+    """Nested dict/list/tuple of tensors from a file of torch.save, without executing anything that it
+    contains.
+
+    Reads plain containers, state dicts, TensorDicts (both pickle layouts; tensordict is not needed), numpy
+    numbers.
+    mmap: tensors are private copy-on-write views of the file, so that opening 13 GB is instant; False: read
+    all.
+    SystemExit: no such file, no torch zip file, cut short, damaged, or a name that is not known to be
+    harmless."""
+    import mmap as maps
+    path, cache = Path(path), {}
+    try:
+        with open(path, "rb") as f:
+            archive = zipfile.ZipFile(f)
+            infos = {i.filename.partition("/")[2]: i for i in archive.infolist()}
+            # 0x4000 = MAP_NORESERVE: a private map bigger than RAM is refused without it
+            whole = maps.mmap(f.fileno(), 0, maps.MAP_PRIVATE | 0x4000, maps.PROT_READ | maps.PROT_WRITE)
+
+            def storage(pid):
+                _, dtype, key, _, numel = pid      # ("storage", type, key, device, number of elements)
+                if key not in cache:
+                    info = infos[f"data/{key}"]
+                    extra = int.from_bytes(whole[info.header_offset + 26:info.header_offset + 28], "little")
+                    extra += int.from_bytes(whole[info.header_offset + 28:info.header_offset + 30], "little")
+                    start = info.header_offset + 30 + extra
+                    if not info.file_size:
+                        cache[key] = torch.empty(0, dtype=torch.uint8)
+                    elif mmap and info.compress_type == zipfile.ZIP_STORED and start % 8 == 0:
+                        n = info.file_size
+                        cache[key] = torch.frombuffer(whole, dtype=torch.uint8, count=n, offset=start)
+                    else:
+                        cache[key] = torch.frombuffer(bytearray(archive.read(info)), dtype=torch.uint8)
+                return cache[key][:numel * dtype.itemsize].view(dtype)
+
+            if "byteorder" in infos and archive.read(infos["byteorder"]).decode() != sys.byteorder:
+                raise SystemExit(f"{path} was written on a machine of another byte order: save it again on "
+                                 "this one")
+            return _plain(_Reader(io.BytesIO(archive.read(infos["data.pkl"])), storage, path).load())
+    except FileNotFoundError:
+        raise SystemExit(f"no file {path}: expected a file written by torch.save") from None
+    except zipfile.BadZipFile:
+        with open(path, "rb") as f:
+            kind = "is cut short: get it again" if f.read(2) == b"PK" else "is no file of torch.save (>= 1.6)"
+        raise SystemExit(f"{path} ({path.stat().st_size} bytes) {kind}") from None
+    except Exception as e:                     # whatever a damaged pickle can cause; nothing has been changed
+        raise SystemExit(f"{path} is damaged or no torch file ({type(e).__name__}: {e}): get it again") from e
+
+
+# ------------------------------------------------------------------------------------- published TD-MPC2 data
+def _chunks(src):
+    """The chunk files in order, opened: [(path, {"obs" (N,R,O), "action" (N,R,A), "reward" (N,R), "task"
+    (N,R)})]."""
+    found = {int(p.stem[6:]): p for p in Path(src).glob("chunk_*.pt") if p.stem[6:].isdigit()}
+    if not found:
+        raise SystemExit(f"no chunk_0.pt, chunk_1.pt, .. in {src}: download mt30 or mt80 of "
+                         "huggingface.co/datasets/nicklashansen/tdmpc2 into it")
+    missing = sorted(set(range(max(found))) - set(found))
+    if missing:
+        raise SystemExit(f"{src} has chunk_{max(found)}.pt but no chunk_{missing[0]}.pt: download the "
+                         "missing file")
+    chunks = []
+    for i in range(len(found)):
+        data = safe_load(found[i])
+        shapes = {x: tuple(getattr(data.get(x), "shape", ())) for x in ("obs", "action", "reward", "task")} \
+            if isinstance(data, dict) else {}
+        rows = shapes.get("reward")
+        if not rows or len(rows) != 2 or rows[1] < 2 or shapes["task"] != rows or \
+                any(shapes[x][:2] != rows or len(shapes[x]) != 3 for x in ("obs", "action")):
+            raise SystemExit(f"{found[i]} holds {shapes or type(data).__name__}; expected obs (N,R,O), "
+                             "action (N,R,A), reward (N,R), task (N,R)")
+        widths = [(d["obs"].shape[1:], d["action"].shape[2]) for _, d in chunks[:1]]
+        if widths and widths[0] != (shapes["obs"][1:], shapes["action"][2]):
+            raise SystemExit(f"{found[i]} has obs {shapes['obs']}, action {shapes['action']}; chunk_0.pt has "
+                             "other sizes: keep mt30 and mt80 in two folders")
+        chunks.append((found[i], {x: data[x].numpy() for x in shapes}))
+    return chunks
+
+
+def _slab(path, data, a, b, tasks, facts):
+    """Episodes a..b of one chunk as checked blocks {task: arrays for Episodes._write}, file order kept."""
+    # Row t >= 1 holds the action and reward that led to observation t; row 0's are filler and are never read.
+    obs, act, rew, ids = data["obs"][a:b], data["action"][a:b, 1:], data["reward"][a:b, 1:], data["task"][a:b]
+    blocks = {}
+    for i in np.unique(ids[:, 1]):
+        n, task = np.flatnonzero(ids[:, 1] == i), tasks[i]
+        O, A, T = facts[task]
+        o, u, r = obs[n], act[n], rew[n]
+        mixed = (ids[n, 1:] != i).any(1)
+        bad = ~(np.isfinite(o).all((1, 2)) & np.isfinite(u).all((1, 2)) & np.isfinite(r).all(1))
+        wide = (o[..., O:] != 0).any((1, 2)) | (u[..., A:] != 0).any((1, 2))
+        for wrong, what in ((mixed, "more than one task id"), (bad, "NaN or inf after row 0"),
+                            (wide, f"numbers beyond obs_dim {O} or act_dim {A}")):
+            if wrong.any():
+                raise SystemExit(f"{path}: episode {a + n[wrong.argmax()]} of task {task!r} has {what}: "
+                                 "download the file again, or correct `tasks` and `dims`")
+        blocks[task] = {"obs": o[..., :O], "act": u[..., :A], "rew": r,
+                        "term": np.zeros((len(n), T), bool), "length": np.full(len(n), T, np.int32)}
+    return blocks
+
+
+def convert_tdmpc2(src, dst, tasks=None, dims=None, progress=True):
+    """Published chunk_*.pt in `src` -> Episodes in `dst`; returns them.  Killed at any moment, the same call
+    goes on.
+
+    tasks: names in the order of the ids in the files (default: task-0, task-1, ..; pwm.py passes envs.MT30
+    or MT80).
+    dims: {task: (obs_dim, act_dim)} drops the padding columns after checking that they are zero (default:
+    keep them).
+    RAM: about three times SLAB_BYTES.  SystemExit: missing, cut or inconsistent chunks, NaN/inf, full disk,
+    a `dst` that holds something else; what was converted before stays valid."""
+    from tqdm import tqdm
+    dst = Path(dst)
+    book, journal = dst / "convert.json", None
+    if book.exists():
+        journal = json.loads(book.read_text())
+        if journal["complete"] and not Path(src).exists():              # the chunks may be deleted afterwards
+            return Episodes.open(dst, tasks)
+    elif Episodes._metas(dst):
+        raise SystemExit(f"{dst} already holds episodes of another origin: choose another folder")
+    chunks = _chunks(src)
+    ids = [np.array(d["task"][:, 1]) for _, d in chunks]                     # one id per episode
+    top = max(int(i.max(initial=-1)) for i in ids) + 1
+    tasks = tuple(tasks or (f"task-{i}" for i in range(top)))
+    lacking = [task for task in tasks if dims and task not in dims]
+    if lacking:
+        raise SystemExit(f"dims has no (obs_dim, act_dim) for {lacking[0]!r}: give one for every task, or "
+                         "leave it out")
+    if top > len(tasks) or min(int(i.min(initial=0)) for i in ids) < 0:
+        raise SystemExit(f"{src} has task ids up to {top - 1} but {len(tasks)} names were given: mt30 has "
+                         "30, mt80 80")
+    _, R, O = chunks[0][1]["obs"].shape
+    A = chunks[0][1]["action"].shape[2]
+    facts = {task: (*(dims[task] if dims else (O, A)), R - 1) for task in tasks}
+    sizes = {path.name: path.stat().st_size for path, _ in chunks}
+    if journal is None:
+        journal = {"facts": {}, "chunks": sizes, "at": [0, 0], "counts": {}, "complete": False}
+    elif [(t, tuple(f)) for t, f in journal["facts"].items()] != list(facts.items()) or \
+            not journal["chunks"].items() <= sizes.items():
+        raise SystemExit(f"{book} was begun with other tasks, dims or chunks: choose another folder, or "
+                         f"delete {dst}")
+    total = np.bincount(np.concatenate(ids), minlength=len(tasks))
+    need = sum((int(n) - journal["counts"].get(task, 0)) * sum(
+        int(np.prod(row)) * dtype.itemsize for row, dtype in _layout(facts[task]).values())
+        for task, n in zip(tasks, total))
+
+    def note(**news):
+        journal.update(facts=facts, chunks=sizes, **news)
+        with _full_disk(book):
+            _write_atomic(book, lambda f: f.write(json.dumps(journal).encode()))
+
+    with _full_disk(dst):
+        dst.mkdir(parents=True, exist_ok=True)
+    _check_room(dst, need, f"converting {src}")
+    note()                                    # before the first folder, so that a restart knows they are ours
+    episodes = Episodes.create(dst, facts)
+    episodes.truncate({task: journal["counts"].get(task, 0) for task in tasks})    # forget an unfinished slab
+    first, begin = journal["at"]
+    slab = max(1, SLAB_BYTES // (R * (O + A + 2) * 4))
+    bar = tqdm(total=int(total.sum()), initial=sum(journal["counts"].values()), unit="episode",
+               desc="convert", disable=None if progress else True)
+    with bar:
+        for c, (path, data) in enumerate(chunks):
+            for a in range(begin if c == first else 0, len(ids[c]) if c >= first else 0, slab):
+                b = min(a + slab, len(ids[c]))
+                for task, block in _slab(path, data, a, b, tasks, facts).items():  # all checked by now
+                    episodes._write(task, block)
+                note(at=[c, b], counts=episodes.counts(), complete=False)
+                bar.update(b - a)
+    note(complete=True)
+    return episodes
+
+
+# ------------------------------------------------------------------------------------------------- run folder
+def _check_plain(x, where="state"):
+    """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would, before anything is
+    written."""
+    if type(x) in (dict, OrderedDict):
+        return sum(_check_plain(k, f"a key of {where}") + _check_plain(v, f"{where}[{k!r}]")
+                   for k, v in x.items())
+    if type(x) in (list, tuple):
+        return sum(_check_plain(v, f"{where}[{i}]") for i, v in enumerate(x))
+    if type(x) in (torch.Tensor, torch.nn.Parameter):
+        return x.nbytes
+    if type(x) in (int, float, bool, str, type(None)):
+        return 0
+    raise SystemExit(f"{where} is a {type(x).__module__}.{type(x).__name__}; checkpoints hold tensors, "
+                     "numbers, strings, None, dict, list and tuple: convert it first")
+
+
+class Run:
+    """A folder runs/{task}__{script}__{seed}__{time}/ with args.json, metrics.jsonl, TensorBoard events,
+    checkpoints and a copy of the code.  resume: go on in this folder instead; call load() before log(),
+    which cuts metrics.jsonl back to the checkpoint.  Attributes: dir (Path), resumed (bool), args (dict,
+    those of the first start).
+    SystemExit: a folder that is no run, or a run of another task or script."""
+
+    def __init__(self, task, script, seed, args, resume=None, root="runs"):
+        names = task.split(",")
+        short = task if len(task) <= 60 else f"{names[0][:50]}+{len(names) - 1}"
+        self.resumed, self._writer, self._purge = resume is not None, None, None
+        if self.resumed:
+            self.dir = Path(resume)
+            try:
+                meta = json.loads((self.dir / "args.json").read_text())
+                same = (meta["task"], meta["script"]) == (task, script)
+            except (OSError, ValueError, KeyError, TypeError):
+                raise SystemExit(f"{resume} has no readable args.json: expected --resume runs/<a folder in "
+                                 "there>")
+            if not same:
+                raise SystemExit(f"{resume} is a run of {meta['script']} on {meta['task']!r}, not of "
+                                 f"{script} on {task!r}: resume it with the script and task that began it")
+            self.args = meta["args"]
+        else:
+            stamp = int(time.time())
+            with _full_disk(root):
+                while True:
+                    self.dir = Path(root) / f"{quote(short, safe=', +')}__{script}__{seed}__{stamp}"
+                    try:
+                        self.dir.mkdir(parents=True)
+                        break
+                    except FileExistsError:        # two starts within one second
+                        stamp += 1
+                meta = {"task": task, "script": script, "seed": seed, "args": args, "command": sys.argv}
+                meta = json.dumps(meta, default=str)
+                _write_atomic(self.dir / "args.json", lambda f: f.write(meta.encode()))
+                self.args = json.loads(meta)["args"]
+                here = Path(__file__).parent
+                main = getattr(sys.modules["__main__"], "__file__", None)      # None in a notebook
+                for file in (main, here / "envs.py", here / "data.py"):
+                    if file and Path(file).is_file():
+                        shutil.copy(file, self.dir)
+        self._metrics = os.open(self.dir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def log(self, step, numbers=None, **more):
+        """One line of metrics.jsonl and one TensorBoard point per number (float or 0-d tensor); tags with
+        '/' go in the dict `numbers`.  Reading a GPU tensor waits for the GPU: call this on log steps only."""
+        if self._writer is None:              # imported late: slow, and load() decides where its curves go on
+            from torch.utils.tensorboard import SummaryWriter
+            self._writer = SummaryWriter(self.dir, purge_step=self._purge)
+        numbers = {tag: float(x) for tag, x in {**(numbers or {}), **more}.items()}
+        line = json.dumps({"step": int(step), "time": time.time(), **numbers}) + "\n"
+        with _full_disk(self.dir):
+            os.write(self._metrics, line.encode())
+            for tag, x in numbers.items():
+                self._writer.add_scalar(tag, x, step)
+
+    def save(self, state, name="checkpoint.pt"):
+        """Write a dict of tensors and plain values; atomic: a crash or a full disk leaves the old file as it
+        was."""
+        _check_room(self.dir, _check_plain(state), f"the checkpoint {name}")
+        state = {**state, "_metrics_bytes": os.fstat(self._metrics).st_size}
+        try:
+            with _full_disk(self.dir / name):
+                _write_atomic(self.dir / name, lambda f: torch.save(state, f))
+        except RuntimeError as e:                  # how torch reports a failed write
+            raise SystemExit(f"cannot write {self.dir / name} ({e}); the older file, if any, is as it was: "
+                             f"free some space and type --resume {self.dir}") from e
+
+    def load(self, name="checkpoint.pt", device="cpu"):
+        """What save() was given.  In a resumed run, checkpoint.pt also cuts metrics.jsonl back to when it
+        was written.
+        SystemExit: missing or damaged file."""
+        path = self.dir / name
+        if not path.exists():
+            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it again without "
+                             "--resume")
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+            size = state.pop("_metrics_bytes")
+        except Exception as e:                     # a damaged file can raise almost anything
+            raise SystemExit(f"{path} is damaged ({type(e).__name__}): restore it, or start without "
+                             "--resume") from e
+        if self.resumed and name == "checkpoint.pt" and self._writer is None:
+            os.ftruncate(self._metrics, min(size, os.fstat(self._metrics).st_size))
+            lines = (self.dir / "metrics.jsonl").read_bytes().splitlines()
+            self._purge = json.loads(lines[-1])["step"] + 1 if lines else 0  # hides what came later
+        return state
+
+    def close(self):
+        """Flush and close the logs."""
+        os.close(self._metrics)
+        if self._writer is not None:
+            self._writer.close()
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+def _scores(x):
+    x = np.asarray(x, float)
+    if x.size == 0 or not np.isfinite(x).all():
+        raise SystemExit(f"statistics of {x.shape} scores with {int((~np.isfinite(x)).sum())} NaN or inf: "
+                         "expected at least one finite number and no other; leave failed runs out "
+                         "explicitly")
+    return x
+
+
+def iqm(x):
+    """Interquartile mean of all entries, float: int(n/4) entries are dropped at either end, the rest is
+    averaged."""
+    x = np.sort(_scores(x), axis=None)
+    cut = x.size // 4
+    return float(x[cut:x.size - cut].mean())
+
+
+def bootstrap_ci(x, stat=iqm, reps=2000, level=0.95, seed=0):
+    """(low, high) percentile interval of stat(x), x (runs, tasks): runs are redrawn within each task on
+    their own. With one run there is nothing to redraw: low == high == stat(x), which is no interval; report
+    "1 seed"."""
+    x = _scores(x)
+    if x.ndim != 2:
+        raise SystemExit(f"bootstrap_ci got scores of shape {x.shape}; expected (runs, tasks)")
+    rng = np.random.default_rng(seed)
+    draws = [stat(np.take_along_axis(x, rng.integers(len(x), size=x.shape), 0)) for _ in range(reps)]
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,1345 @@
+"""PWM: policy learning with multi-task world models (Georgiev et al., arXiv 2407.02466) in one file.
+
+One world model with task embeddings (TD-MPC2's architecture) is trained on episodes of all tasks. Then it is frozen and
+used as a differentiable simulator: one actor and three critics per task are trained by first-order gradients through
+imagined roll-outs, all tasks at once as stacked tensors. TD-MPC2's policy prior, Q ensemble and MPPI planner live in the
+same file as the baseline (`--planner`).
+"""
+import contextlib
+import copy
+import csv
+import functools
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
+from envs import MT30, MT80, Workers, make_env, score, task_facts
+
+
+@dataclass
+class Args:
+    task: str = "mt30"
+    """mt30, mt80, one task (cartpole-swingup, mw-reach), a comma list, or a gymnasium id (Pendulum-v1, my_file:MyTask-v0)"""
+    seed: int = 1
+    """seeds networks, sampling and environments"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute; auto takes the GPU when there is one"""
+    compile: bool | None = None
+    """torch.compile for the losses (default: on for CUDA, off for CPU, where it costs minutes at the start)"""
+    bf16: bool = False
+    """bfloat16 matrix products, everything else float32; about 1.3-2x faster on CPUs that have it"""
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """environment processes for roll-outs"""
+    fast: bool = False
+    """tiny budgets: the whole pipeline in under 3 minutes, to see that it works (it does not learn much)"""
+    track: bool = False
+    """also send metrics to Weights & Biases (pip install wandb)"""
+    capture_video: bool = False
+    """one mp4 per task after evaluation (needs OpenGL: EGL or OSMesa)"""
+    resume: str | None = None
+    """continue the run in this folder, e.g. runs/mt30__pwm__1__1700000000; its flags are read from there"""
+    checkpoint: str | None = None
+    """published world model (TD-MPC2 or PWM) or checkpoint.pt of a run: skips world-model training"""
+    eval_only: bool = False
+    """with --checkpoint runs/../checkpoint.pt: only evaluate its policies"""
+    data_dir: str | None = None
+    """published chunk_*.pt (converted once into data_dir/episodes) or a folder of episodes; without it data is made"""
+
+    # budget: left out, these follow from device and number of tasks and are printed at the start
+    model_size: Literal[1, 5, 19, 48, 317] | None = None
+    """millions of parameters of the TD-MPC2 agent with this world model (Table 1 uses 48)"""
+    rounds: int | None = None
+    """own data: rounds of {roll out, train the world model, improve all policies}"""
+    seed_episodes: int | None = None
+    """own data: episodes per task with random actions in the first round"""
+    round_episodes: int | None = None
+    """own data: episodes per task with the current policies in each later round"""
+    wm_steps: int | None = None
+    """world-model gradient steps over all rounds (published models: 4.9 million on MT30)"""
+    wm_batch: int | None = None
+    """sequences per world-model step (Table 1: 1024)"""
+    policy_steps: int | None = None
+    """policy updates of every task over all rounds (Sec. 4.2: 10,000)"""
+    policy_batch: int | None = None
+    """B, imagined roll-outs per task and update (Table 1: 64; the multi-task release ran 512)"""
+    critic_passes: int | None = None
+    """passes over the imagined data per update (App. C.2: 8); the costliest part on a CPU: deviation 4"""
+    wm_horizon: int | None = None
+    """steps of world-model training sequences (Table 1: 16): deviation 3"""
+    wm_lr: float | None = None
+    """world-model learning rate (Table 1: 3e-4); the encoder's is 0.3 of it: deviation 3"""
+    wm_final_lr: float = 0.03
+    """in the second half of each round the world-model rate falls linearly to this share (1: the paper's constant rate)"""
+    critic_batches: int = 4
+    """minibatches per pass (App. C.2: 4)"""
+
+    # algorithm
+    horizon: int = 16
+    """H, imagined steps (Table 1)"""
+    gamma: float = 0.99
+    """discount (Table 1)"""
+    lam: float = 0.95
+    """lambda of the critic's targets (Table 1)"""
+    rho: float = 0.99
+    """weight of step t in the world-model loss is rho^t (Eq. 10 calls it gamma)"""
+    policy_lr: float = 5e-4
+    """actor and critic learning rate (Table 1), falling linearly to 1e-5"""
+    beta1: float = 0.7
+    """first Adam coefficient of actor and critic (released code; the second is 0.95)"""
+    first_model: float = 0.25
+    """share of the world-model updates in the first round: the latent model needs about 1,500 before it is of use"""
+    last_model: float = 0.2
+    """share of the world-model updates in the last round"""
+    first_policy: float = 0.04
+    """share of the policy updates in the first round"""
+    last_policy: float = 0.3
+    """share of the policy updates in the last round"""
+    held_out: float = 0.1
+    """fraction of episodes on which the world model is tested, never trained"""
+
+    # evaluation
+    eval_episodes: int = 10
+    """deterministic episodes per task at the end, and as many of a random policy"""
+    planner_episodes: int = 0
+    """also train TD-MPC2's prior and Q on the same model and data and evaluate its MPPI planner for this many episodes"""
+    save_every: float = 60.0
+    """seconds between checkpoints"""
+
+
+# ------------------------------------------------------------------------------------------------------------ maths
+BINS, BIN_LIMIT = 101, 10.0  # reward and Q classes, equally spaced in symlog space
+
+
+def symlog(x):
+    """sign(x) ln(1 + |x|)   (App. C.1)"""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x):
+    """sign(x) (e^|x| - 1), the inverse of symlog   (App. C.1)"""
+    return x.sign() * x.abs().expm1()
+
+
+def two_hot(x):
+    """x (..) raw reward -> (.., 101): symlog(x) as weights on its two neighbouring bins   (App. C.1)"""
+    y = (symlog(x).clamp(-BIN_LIMIT, BIN_LIMIT) + BIN_LIMIT) * ((BINS - 1) / (2 * BIN_LIMIT))  # in units of a bin
+    k = y.floor()
+    frac, k = (y - k)[..., None], k.long()[..., None]
+    out = torch.zeros(*x.shape, BINS, device=x.device, dtype=x.dtype)
+    out.scatter_(-1, (k + 1) % BINS, frac)
+    return out.scatter_(-1, k, 1 - frac)
+
+
+def two_hot_inv(logits, pseudo=False):
+    """logits (.., 101) -> scalar (..). `pseudo` leaves out the symexp: PWM's reward in log space (App. C.1)."""
+    bins = torch.linspace(-BIN_LIMIT, BIN_LIMIT, BINS, device=logits.device)
+    y = (logits.softmax(-1) * bins).sum(-1)  # not a matmul: autocast would round the bins to bfloat16
+    return y if pseudo else symexp(y)
+
+
+def two_hot_loss(logits, x):
+    """Cross-entropy of logits (.., 101) against two_hot(x), x (..) -> (..), without building the two-hot rows."""
+    y = (symlog(x).clamp(-BIN_LIMIT, BIN_LIMIT) + BIN_LIMIT) * ((BINS - 1) / (2 * BIN_LIMIT))
+    k = y.floor()
+    frac, k = y - k, k.long()[..., None]
+    logp = logits.log_softmax(-1)
+    return -((1 - frac) * logp.gather(-1, k)[..., 0] + frac * logp.gather(-1, (k + 1) % BINS)[..., 0])
+
+
+def lambda_return(rew, value, gamma, lam):
+    """TD(lambda) targets, Eqs. (7)-(8): G_h = r_h + gamma [(1-lam) v_{h+1} + lam G_{h+1}], G_H = v_H.
+
+    rew (H, ..), value (H+1, ..) with value[h] = V(z_h); value[0] is not used. Returns G (H, ..).
+    """
+    G, out = value[-1], []
+    for h in reversed(range(len(rew))):
+        G = rew[h] + gamma * ((1 - lam) * value[h + 1] + lam * G)
+        out.append(G)
+    return torch.stack(out[::-1])
+
+
+class FastMish(torch.autograd.Function):
+    """x tanh(softplus(x)) = x (1-s^2)/(1+s^2) with s = sigmoid(-x): PyTorch's CPU kernel calls tanh and log per element
+    and costs as much as the matrix product before it; this form, with its derivative kept, takes a third of the time."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = x.neg().sigmoid_()
+        q = s.square()
+        r = q.add(1).reciprocal_()
+        t = (1 - q).mul_(r)
+        if ctx.needs_input_grad[0]:  # d/dx = t + 4 x s^2 (1-s) / (1+s^2)^2
+            ctx.save_for_backward(s.neg_().add_(1).mul_(q).mul_(r).mul_(r).mul_(x).mul_(4).add_(t))
+        return t.mul_(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class FastSimNorm(torch.autograd.Function):
+    """Softmax over a last axis of 8, five times faster on a CPU than the kernel made for long rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        p = (x - x.amax(-1, keepdim=True)).exp_()
+        p = p.div_(p.sum(-1, keepdim=True))
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx, grad):
+        (p,) = ctx.saved_tensors
+        gp = grad * p
+        return gp.addcmul_(p, gp.sum(-1, keepdim=True), value=-1)
+
+
+def mish(x):
+    if torch.compiler.is_compiling():  # fused into one pass by the compiler
+        q = torch.sigmoid(-x).square()
+        return x * (1 - q) / (1 + q)
+    return F.mish(x) if x.is_cuda else FastMish.apply(x)
+
+
+def simnorm(x, V=8):
+    """Eq. (4): softmax over groups of V; x (.., L) -> (.., L), each group sums to 1."""
+    g = x.unflatten(-1, (-1, V))
+    g = g.softmax(-1) if x.is_cuda or torch.compiler.is_compiling() else FastSimNorm.apply(g)
+    return g.flatten(-2)
+
+
+# --------------------------------------------------------------------------------------------------------- networks
+class NormedLinear(nn.Linear):
+    """Linear -> LayerNorm -> activation, TD-MPC2's block; (.., I) -> (.., J). Matmul in bf16 under autocast, rest fp32."""
+
+    def __init__(self, i, j, act=mish):
+        super().__init__(i, j)
+        self.ln, self.act = nn.LayerNorm(j), act
+
+    def forward(self, x):
+        return self.act(self.ln(super().forward(x).float()))
+
+
+class WorldModel(nn.Module):
+    """TD-MPC2's encoder E, dynamics F and reward R with task embeddings (Sec. 3.3, Table 1).
+
+    obs (.., B, O), act (.., B, A), task (B,) ints, z (.., B, L). Observations and actions are zero-padded to the widest
+    task; `act_dims[task]` entries of an action are real and the rest is masked.
+    """
+
+    def __init__(self, obs_dim, act_dims, enc_layers, enc_hidden, hidden, latent, task_dim):
+        super().__init__()
+        self.obs_dim, self.act_dims, self.latent, self.task_dim = obs_dim, tuple(act_dims), latent, task_dim
+        self.tasks = ()  # names of the task rows, where known
+        A = max(act_dims)
+        self.register_buffer("act_mask", torch.tensor([[float(j < d) for j in range(A)] for d in act_dims]),
+                             persistent=False)
+        widths = [obs_dim + task_dim] + [enc_hidden] * max(enc_layers - 1, 1)
+        self.encoder = nn.Sequential(*(NormedLinear(i, j) for i, j in zip(widths, widths[1:])),
+                                     NormedLinear(widths[-1], latent, simnorm))
+        i = latent + task_dim + A
+        self.dynamics = nn.Sequential(NormedLinear(i, hidden), NormedLinear(hidden, hidden),
+                                      NormedLinear(hidden, latent, simnorm))
+        self.reward_head = nn.Sequential(NormedLinear(i, hidden), NormedLinear(hidden, hidden), nn.Linear(hidden, BINS))
+        if task_dim:
+            self.task_emb = nn.Embedding(len(act_dims), task_dim)
+            nn.init.uniform_(self.task_emb.weight, -0.02, 0.02)
+        self.apply(init_trunc_normal)
+        nn.init.zeros_(self.reward_head[-1].weight)  # uniform reward logits at the start
+
+    def with_task(self, x, task):
+        if not self.task_dim:
+            return x
+        return torch.cat([x, self.task_emb(task).expand(*x.shape[:-1], -1)], -1)
+
+    def encode(self, obs, task):
+        return self.encoder(self.with_task(obs, task))  # (.., B, L)
+
+    def next(self, z, act, task):
+        return self.dynamics(torch.cat([self.with_task(z, task), act], -1))  # (.., B, L)
+
+    def reward(self, z, act, task):
+        return self.reward_head(torch.cat([self.with_task(z, task), act], -1)).float()  # (.., B, 101) logits
+
+    def forward(self, *batch):  # what DistributedDataParallel calls
+        return world_model_loss(self, *batch)
+
+    @torch.no_grad()
+    def project_embeddings(self):
+        """Rows of the task table keep a norm of at most 1; done after each step, so that the graph stays pure."""
+        if self.task_dim:
+            norm = self.task_emb.weight.norm(dim=1, keepdim=True)
+            self.task_emb.weight.mul_(torch.where(norm > 1, 1 / (norm + 1e-7), 1.0))
+
+
+def init_trunc_normal(m):
+    if isinstance(m, nn.Linear):
+        nn.init.trunc_normal_(m.weight, std=0.02)
+        nn.init.zeros_(m.bias)
+
+
+class StackedMLP(nn.Module):
+    """n independent MLPs as stacked tensors: x (n, B, I) -> (n, B, J), one baddbmm per layer.
+
+    Blocks are Linear -> Mish -> LayerNorm (PWM's actor and critic) or, with `norm_first`, Linear -> Dropout (first layer
+    only) -> LayerNorm -> Mish (TD-MPC2's Q functions).
+    """
+
+    def __init__(self, n, widths, init, norm_first=False, dropout=0.0):
+        super().__init__()
+        self.norm_first, self.dropout = norm_first, dropout
+        pairs = list(zip(widths, widths[1:]))
+        layers = [[init(i, j) for _ in range(n)] for i, j in pairs]  # drawn network by network: stacking changes nothing
+        self.weight = nn.ParameterList(torch.stack([w for w, _ in layer]) for layer in layers)  # (n, I, J)
+        self.bias = nn.ParameterList(torch.stack([b for _, b in layer])[:, None] for layer in layers)  # (n, 1, J)
+        self.gain = nn.ParameterList(torch.ones(n, 1, j) for _, j in pairs[:-1])
+        self.shift = nn.ParameterList(torch.zeros(n, 1, j) for _, j in pairs[:-1])
+
+    def forward(self, x):
+        for k, (W, b) in enumerate(zip(self.weight, self.bias)):
+            x = torch.baddbmm(b, x, W).float()  # (n, B, J)
+            if k == len(self.gain):
+                return x
+            if self.norm_first:
+                x = F.dropout(x, self.dropout, self.training and k == 0)
+                x = mish(self.norm(x, k))
+            else:
+                x = self.norm(mish(x), k)
+
+    def norm(self, x, k):
+        return torch.addcmul(self.shift[k], F.layer_norm(x, x.shape[-1:]), self.gain[k])
+
+
+def init_default(i, j):
+    """PyTorch's default Linear initialisation, as (weight (I, J), bias (J,))."""
+    layer = nn.Linear(i, j)
+    return layer.weight.detach().T, layer.bias.detach()
+
+
+def init_orthogonal(i, j):
+    return nn.init.orthogonal_(torch.empty(j, i), 2**0.5).T, torch.zeros(j)
+
+
+class Actors(nn.Module):
+    """One Gaussian tanh policy per task: z (N, B, L), noise eps (N, B, A) or None -> act (N, B, A) in [-1, 1]."""
+
+    MIN_LOG_STD = -1.427  # sigma >= 0.24 (App. C.3)
+
+    def __init__(self, act_mask, latent):
+        super().__init__()
+        n, A = act_mask.shape
+        self.mu = StackedMLP(n, (latent, 400, 200, 100, A), init_default)
+        self.log_std = nn.Parameter(torch.full((n, 1, A), -1.0))
+        self.register_buffer("act_mask", act_mask[:, None].clone(), persistent=False)
+
+    def forward(self, z, eps=None):
+        u = self.mu(z)
+        if eps is not None:
+            u = u + self.log_std.exp() * eps
+        return torch.tanh(u) * self.act_mask
+
+    @torch.no_grad()
+    def clamp_std(self):
+        self.log_std.clamp_(min=self.MIN_LOG_STD)
+
+
+class Critics(nn.Module):
+    """E value functions per task: z (N, B, L) -> (N, E, B)."""
+
+    def __init__(self, n, latent, E=3):
+        super().__init__()
+        self.n, self.E = n, E
+        self.v = StackedMLP(n * E, (latent, 400, 200, 1), init_orthogonal)
+
+    def forward(self, z):
+        x = z[:, None].expand(-1, self.E, -1, -1).flatten(0, 1)  # (N E, B, L)
+        return self.v(x).view(self.n, self.E, -1)
+
+
+# ----------------------------------------------------------------------------------------------- losses and updates
+def world_model_loss(wm, obs, act, rew, task, rho):
+    """Eq. (10) with TD-MPC2's weights: consistency 20, reward 0.1, both means over batch, latent and horizon.
+
+    obs (H+1, B, O), act (H, B, A), rew (H, B), task (B,). Returns loss, metrics, z (H+1, B, L), targets (H, B, L).
+    """
+    with torch.no_grad():  # no slow copy of the encoder: its own output on the next observation is the target
+        target = wm.encode(obs[1:], task)  # (H, B, L)
+    z = [wm.encode(obs[0], task)]
+    for a in act:
+        z.append(wm.next(z[-1], a, task))
+    z = torch.stack(z)  # (H+1, B, L)
+    logits = wm.reward(z[:-1], act, task)  # (H, B, 101)
+    discount = rho ** torch.arange(len(act), device=z.device)  # (H,)
+    consistency = (discount * (z[1:] - target).square().mean((1, 2))).mean()
+    reward = (discount * two_hot_loss(logits, rew).mean(1)).mean()
+    return 20 * consistency + 0.1 * reward, dict(consistency=consistency.detach(), reward=reward.detach()), z, target
+
+
+def imagine(wm, actors, obs, eps, task):
+    """Roll all policies through the model: obs (N, B, O), eps (H, N, B, A), task (N B,).
+
+    Returns z (H+1, N, B, L) and pseudo-rewards (H, N, B). Gradients flow through F and R by state and action; the only
+    cut is the actor's input.
+    """
+    N, B = obs.shape[:2]
+    z = [wm.encode(obs.flatten(0, 1), task)]  # (N B, L)
+    acts = []
+    for e in eps:
+        acts.append(actors(z[-1].detach().view(N, B, -1), e).flatten(0, 1))  # (N B, A)
+        z.append(wm.next(z[-1], acts[-1], task))
+    z = torch.stack(z)
+    rew = two_hot_inv(wm.reward(z[:-1], torch.stack(acts), task), pseudo=True)
+    return z.view(len(z), N, B, -1), rew.view(-1, N, B)
+
+
+def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam):
+    """Eq. (6) with returns divided by their running deviation; and the critic's data (z, lambda-returns).
+
+    Returns (sum of the tasks' losses, J (N,), z (N, H B, L), targets (N, H B)).
+    """
+    z, rew = imagine(wm, actors, obs, eps, task)
+    H, N, B = rew.shape
+    discount = gamma ** torch.arange(H, device=z.device)
+    value_H = critics(z[-1]).amin(1)  # (N, B), differentiable
+    J = (discount[:, None, None] * rew).sum(0) + gamma**H * value_H  # (N, B)
+    with torch.no_grad():
+        stats.update(J)
+        flat = z[1:-1].transpose(0, 1).flatten(1, 2)  # (N, (H-1) B, L)
+        value = critics(flat).amin(1).view(N, H - 1, B).transpose(0, 1)
+        value = torch.cat([value[:1], value, value_H[None]])  # (H+1, N, B); entry 0 is not read
+        target = lambda_return(rew, value, gamma, lam)  # (H, N, B)
+    loss = (-J.mean(1) / (stats.var + 1e-5).sqrt()).sum()
+    return loss, J.detach().mean(1), z[:-1].detach().transpose(0, 1).flatten(1, 2), target.transpose(0, 1).flatten(1)
+
+
+def critic_loss(critics, z, target):
+    """Eq. (9): z (N, M, L), target (N, M) -> sum over tasks of the mean over critics and batch."""
+    return (critics(z) - target[:, None]).square().mean((1, 2)).sum()
+
+
+class ReturnStats(nn.Module):
+    """Running mean and variance of imagined returns per task (Chan's parallel update; never decays)."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n))
+        self.register_buffer("var", torch.ones(n))
+        self.register_buffer("count", torch.full((n,), 1e-4))
+
+    def update(self, J):
+        b = J.shape[1]
+        mean, var = J.mean(1), J.var(1, unbiased=False)
+        total, delta = self.count + b, mean - self.mean
+        m2 = self.var * self.count + var * b + delta.square() * self.count * b / total
+        self.mean.copy_(self.mean + delta * b / total)
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+
+
+def clip_per_task(params, max_norm, n):
+    """Clip the gradients of n stacked networks one network at a time; returns the norms (n,) before clipping."""
+    grads = [p.grad.view(n, -1) for p in params]
+    norm = torch.stack([g.square().sum(1) for g in grads]).sum(0).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None]
+    for g in grads:
+        g.mul_(scale)
+    return norm
+
+def update_world_model(model_fn, wm, opt, batch, rho, heads=None, prior_opt=None, discount=None, generator=None):
+    """One Adam step on Eq. (10), gradient norm clipped at 20. With `heads` also TD-MPC2's Q (same step) and prior.
+
+    batch: obs (H+1, B, O), act (H, B, A), rew (H, B), task (B,). Returns detached 0-d metrics.
+    """
+    obs, act, rew, task = batch
+    loss, metrics, z, next_z = model_fn(obs, act, rew, task, rho)
+    if heads is not None:
+        rand = functools.partial(torch.randn, generator=generator, device=z.device)
+        pair = torch.randperm(len(heads.q.weight[0]), generator=generator, device=z.device)[:2]
+        value = value_loss(heads, z[:-1], next_z, act, rew, task, discount, rho, rand(*act.shape), pair)
+        loss, metrics["value"] = loss + 0.1 * value, value.detach()
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], 20.0)
+    opt.step()
+    wm.project_embeddings()
+    if heads is not None:
+        prior = prior_loss(heads, z.detach(), task, rho, rand(len(z), *act.shape[1:]), pair)
+        prior_opt.zero_grad(set_to_none=True)
+        prior.backward(inputs=list(heads.pi.parameters()))  # Q is not trained by the policy
+        nn.utils.clip_grad_norm_(heads.pi.parameters(), 20.0)
+        prior_opt.step()
+        metrics["prior"] = prior.detach()
+        with torch.no_grad():
+            for slow, fast in zip(heads.q_target.parameters(), heads.q.parameters()):
+                slow.lerp_(fast, 0.01)
+    return dict(metrics, loss=loss.detach(), grad_norm=norm)
+
+
+def update_policies(fns, nets, opts, obs, noise, perm, task, hp):
+    """One iteration of Alg. 1 for all tasks: one actor step, then passes x minibatches critic steps (App. C.2).
+
+    obs (N, B, O) start states, noise (H, N, B, A), perm (passes, H B) shuffles, task (N B,) world-model task rows.
+    """
+    wm, actors, critics, stats = (nets[k] for k in ("wm", "actors", "critics", "stats"))
+    actor_fn, critic_fn = fns
+    n = len(obs)
+    loss, J, z, target = actor_fn(wm, actors, critics, stats, obs, noise, task, hp.gamma, hp.lam)
+    opts["actors"].zero_grad(set_to_none=True)
+    loss.backward()
+    actor_norm = clip_per_task(list(actors.parameters()), 1.0, n)
+    opts["actors"].step()
+    actors.clamp_std()
+    for rows in perm:
+        for m in rows.chunk(hp.critic_batches):
+            opts["critics"].zero_grad(set_to_none=True)  # also clears what the actor loss left in the critics
+            critic = critic_fn(critics, z[:, m], target[:, m])
+            critic.backward()
+            critic_norm = clip_per_task(list(critics.parameters()), 100.0, n)
+            opts["critics"].step()
+    return dict(actor_loss=loss.detach() / n, critic_loss=critic.detach() / n, imagined_return=J.mean(),
+                actor_grad_norm=actor_norm.mean(), critic_grad_norm=critic_norm.mean(),
+                sigma=actors.log_std.detach().exp().mean())
+
+
+# ------------------------------------------------------------------------------- TD-MPC2 baseline: prior, Q, planner
+class TDMPC2(nn.Module):
+    """TD-MPC2's policy prior pi([z; e]) and Q ensemble Q_i([z; e; a]) (Hansen et al., arXiv 2310.16828) on a WorldModel."""
+
+    def __init__(self, wm, hidden, num_q):
+        super().__init__()
+        self.wm = [wm]  # in a list: not a sub-module, its parameters are counted and saved once
+        A = wm.act_mask.shape[1]
+        i = wm.latent + wm.task_dim
+        self.pi = nn.Sequential(NormedLinear(i, hidden), NormedLinear(hidden, hidden), nn.Linear(hidden, 2 * A))
+        self.pi.apply(init_trunc_normal)
+        self.q = StackedMLP(num_q, (i + A, hidden, hidden, BINS), init_normal, norm_first=True, dropout=0.01)
+        nn.init.zeros_(self.q.weight[-1])  # Q = 0 at the start
+        self.q_target = copy.deepcopy(self.q).requires_grad_(False).eval()
+        self.register_buffer("scale", torch.ones(()))  # running P95 - P5 of Q
+
+    def policy(self, z, task, eps):
+        """z (.., B, L), eps (.., B, A) -> act (.., B, A), log-prob scaled by the task's action dimension (.., B)."""
+        wm = self.wm[0]
+        mask = wm.act_mask[task]
+        with torch.no_grad():
+            x = wm.with_task(z.detach(), task)  # no gradient into the task table from here
+        mean, s = self.pi(x).float().chunk(2, -1)
+        log_std = (-10 + 6 * (torch.tanh(s) + 1)) * mask  # in [-10, 2]
+        eps = eps * mask
+        act = torch.tanh(mean * mask + log_std.exp() * eps)
+        gauss = (-0.5 * eps.square() - log_std).sum(-1) - 0.5 * math.log(2 * math.pi)
+        return act, mask.sum(-1) * gauss - (F.relu(1 - act.square()) + 1e-6).log().sum(-1)
+
+    def q_logits(self, net, z, act, task):
+        """(.., B) -> (E, .., B, 101)"""
+        x = torch.cat([self.wm[0].with_task(z, task), act], -1)
+        out = net(x.flatten(0, -2).expand(len(net.weight[0]), -1, -1))
+        return out.view(len(out), *x.shape[:-1], BINS)
+
+    def q_value(self, net, z, act, task, pair, reduce):
+        """`reduce` over the two Q functions numbered by pair (2,), decoded from their bins: (.., B)"""
+        return reduce(two_hot_inv(self.q_logits(net, z, act, task).index_select(0, pair)), 0)
+
+
+def init_normal(i, j):
+    return nn.init.trunc_normal_(torch.empty(i, j), std=0.02), torch.zeros(j)
+
+
+def value_loss(heads, z, next_z, act, rew, task, discount, rho, noise, pair):
+    """TD-MPC2's Q loss on the model's roll-out: cross-entropy to r + gamma min_2 Q_target(z', pi(z')), mean over H and E.
+
+    z (H, B, L) with gradient, next_z (H, B, L) encoded, discount (B,), noise (H, B, A), pair (2,) ints.
+    """
+    with torch.no_grad():
+        a, _ = heads.policy(next_z, task, noise)
+        target = rew + discount * heads.q_value(heads.q_target, next_z, a, task, pair, torch.amin)  # (H, B)
+    logits = heads.q_logits(heads.q, z, act, task)  # (E, H, B, 101)
+    weight = rho ** torch.arange(len(rew), device=z.device)
+    return (weight[:, None] * two_hot_loss(logits, target.expand(len(logits), -1, -1))).mean()
+
+
+def prior_loss(heads, z, task, rho, noise, pair):
+    """TD-MPC2's policy loss over all H+1 detached latents: entropy weight 1e-4, Q divided by its running scale."""
+    act, logp = heads.policy(z, task, noise)  # (H+1, B, A), (H+1, B)
+    q = heads.q_value(heads.q, z, act, task, pair, torch.mean)
+    with torch.no_grad():
+        p5, p95 = torch.quantile(q[0], torch.tensor([0.05, 0.95], device=z.device))
+        heads.scale.lerp_((p95 - p5).clamp(min=1.0), 0.01)
+    weight = rho ** torch.arange(len(z), device=z.device)
+    return (weight[:, None] * (1e-4 * logp - q / heads.scale)).mean()
+
+
+def task_discount(length):
+    """TD-MPC2's discount heuristic: 0.99 for 500 agent steps, 0.95 for 100."""
+    return min(max((length / 5 - 1) / (length / 5), 0.95), 0.995)
+
+
+@torch.no_grad()
+def plan(wm, heads, z, task, mean, discount, generator, horizon=3, samples=512, priors=24, elites=64,
+         iterations=6, temperature=0.5, min_std=0.05, max_std=2.0):
+    """MPPI in latent space (TD-MPC2): z (B, L), task (B,), mean (B, 3, A) of the last step, shifted -> act (B, A), mean.
+
+    24 action sequences come from the policy prior, the rest from a Gaussian that is refitted to the 64 best, six times.
+    """
+    B, A = mean.shape[0], mean.shape[2]
+    rand = functools.partial(torch.randn, generator=generator, device=z.device)
+    mask = wm.act_mask[task][:, None, None]  # (B, 1, 1, A)
+    def spread(n):
+        return z[:, None].expand(-1, n, -1).flatten(0, 1), task.repeat_interleave(n)  # (B n, L), (B n,)
+
+    zs, ts = spread(priors)
+    prior = []
+    for _ in range(horizon):
+        prior.append(heads.policy(zs, ts, rand(len(zs), A))[0])
+        zs = wm.next(zs, prior[-1], ts)
+    prior = torch.stack(prior, 1).view(B, priors, horizon, A)
+    std = torch.full_like(mean, max_std)
+    pair = torch.randperm(len(heads.q.weight[0]), generator=generator, device=z.device)[:2]
+    for _ in range(iterations + 2 * (A >= 20)):
+        drawn = mean[:, None] + std[:, None] * rand(B, samples - priors, horizon, A)
+        act = torch.cat([prior, drawn.clamp(-1, 1)], 1) * mask  # (B, S, 3, A)
+        zs, ts = spread(samples)
+        value, g = 0, 1.0
+        for h in range(horizon):
+            a = act[:, :, h].flatten(0, 1)
+            value = value + g * two_hot_inv(wm.reward(zs, a, ts))
+            zs, g = wm.next(zs, a, ts), g * discount.repeat_interleave(samples)
+        a, _ = heads.policy(zs, ts, rand(len(zs), A))
+        value = (value + g * heads.q_value(heads.q, zs, a, ts, pair, torch.mean)).view(B, samples)
+        best, index = value.topk(elites, 1)
+        elite = act.gather(1, index[..., None, None].expand(-1, -1, horizon, A))  # (B, E, 3, A)
+        weight = (temperature * (best - best[:, :1])).exp()
+        weight = weight / (weight.sum(1, keepdim=True) + 1e-9)
+        w = weight[..., None, None]
+        mean = (w * elite).sum(1) * mask[:, 0]
+        std = ((w * (elite - mean[:, None]).square()).sum(1) + 1e-9).sqrt().clamp(min_std, max_std) * mask[:, 0]
+    pick = torch.multinomial(weight, 1, generator=generator)[..., None, None].expand(-1, -1, horizon, A)
+    return elite.gather(1, pick)[:, 0, 0], mean
+
+
+# ------------------------------------------------------------------------------------------- published world models
+def read_layers(weights, prefix):
+    """The tensors of one MLP in network order, as [{weight, bias, ln.weight, ln.bias}, ..], whatever the file's indices.
+
+    Layouts seen: `0.weight, 0.ln.weight` (TD-MPC2 now, PWM) and a plain Sequential `1.weight` (Linear), `2.weight` (LN).
+    """
+    modules = {}
+    for key, value in weights.items():
+        if key.startswith(prefix + "."):
+            path, _, field = key[len(prefix) + 1:].rpartition(".")
+            modules.setdefault(path, {})[field] = value
+    order = sorted(modules, key=lambda path: [(p == "ln", int(p) if p.isdigit() else 0) for p in path.split(".")])
+    layers = []
+    for path in order:
+        if modules[path]["weight"].ndim == 2:
+            layers.append(dict(modules[path]))
+        else:  # a LayerNorm belongs to the Linear before it
+            layers[-1].update({f"ln.{k}": v for k, v in modules[path].items()})
+    return layers
+
+
+def find_world_model(file, path):
+    """The world model's state dict in what `safe_load` returned, its keys without `state.`."""
+    for key in ("wm", "model", "world_model"):
+        if isinstance(file, dict) and isinstance(file.get(key), dict):
+            file = file[key]
+            break
+    weights = {k.replace("_encoder.state.", "_encoder.").removeprefix("_"): v for k, v in file.items()
+               if torch.is_tensor(v)} if isinstance(file, dict) else {}
+    parts = [{k.split(".")[0] for k in weights} & names for names in ({"encoder"}, {"dynamics"}, {"reward", "reward_head"})]
+    if not all(parts):
+        raise SystemExit(f"{path} has no world model: found keys {sorted(weights)[:5]}, expected _encoder.*, _dynamics.* "
+                         "and _reward.* of TD-MPC2 or PWM, or a checkpoint.pt of pwm.py")
+    return weights, parts[2].pop()
+
+
+def load_world_model(path, device="cpu"):
+    """A WorldModel from TD-MPC2's and PWM's published files (three key layouts) or from our own checkpoint.pt.
+
+    Sizes are inferred from shapes. SystemExit: not a world model, or shapes that do not fit together.
+    """
+    file = safe_load(path)
+    weights, reward = find_world_model(file, path)
+    enc, dyn, rew = (read_layers(weights, p) for p in ("encoder", "dynamics", reward))
+    emb = weights.get("task_emb.weight")
+    n, e = emb.shape if emb is not None else (1, 0)
+    latent = dyn[-1]["weight"].shape[0]
+    act_dim = dyn[0]["weight"].shape[1] - latent - e
+    suite = {30: MT30, 80: MT80}.get(n)
+    dims = file.get("act_dims") or ([task_facts(t).act_dim for t in suite] if suite else [act_dim] * n)
+    if rew[-1]["weight"].shape[0] != BINS or max(dims) != act_dim:
+        raise SystemExit(f"{path} has {rew[-1]['weight'].shape[0]} reward classes and {act_dim} actions for {n} tasks; "
+                         f"expected {BINS} and {max(dims)}: not a world model of this family")
+    wm = WorldModel(enc[0]["weight"].shape[1] - e, dims, len(enc), enc[0]["weight"].shape[0],
+                    dyn[0]["weight"].shape[0], latent, e)
+    state = {} if emb is None else {"task_emb.weight": emb}
+    for name, layers in (("encoder", enc), ("dynamics", dyn), ("reward_head", rew)):
+        state |= {f"{name}.{i}.{field}": x for i, layer in enumerate(layers) for field, x in layer.items()}
+    try:
+        wm.load_state_dict(state)
+    except RuntimeError as error:
+        raise SystemExit(f"{path} does not fit together as a world model: {' '.join(str(error).split())[:300]}") from None
+    wm.project_embeddings()
+    wm.tasks = tuple(file.get("tasks") or suite or ())
+    return wm.to(device)
+
+
+# ------------------------------------------------------------------------------------------------- acting, measuring
+@torch.no_grad()
+def act(wm, actors, rows, obs, task, eps=None):
+    """Closed-loop actions for a mixed batch: obs (n, O), task (n,) indices of actors, rows (N,) their world-model tasks.
+
+    The batch is laid out as (N, M, ..) with M the most frequent task's count, so that every actor runs once.
+    """
+    z = wm.encode(obs, rows[task])  # (n, L)
+    N, order = len(rows), task.argsort(stable=True)
+    count = task.bincount(minlength=N)
+    column = torch.empty_like(task)
+    column[order] = torch.arange(len(task), device=task.device) - (count.cumsum(0) - count)[task[order]]
+    M = int(count.max())
+    grid = z.new_zeros(N, M, z.shape[1])
+    grid[task, column] = z
+    noise = None
+    if eps is not None:
+        noise = eps.new_zeros(N, M, eps.shape[1])
+        noise[task, column] = eps
+    return actors(grid, noise)[task, column]  # (n, A)
+
+
+def random_actions(T, act_dim, hold, rng):
+    """Uniform actions (T, A), each held for `hold` agent steps: slow bodies do not move under white noise."""
+    return rng.uniform(-1, 1, (-(-T // hold), act_dim)).repeat(hold, 0)[:T].astype(np.float32)
+
+
+@torch.no_grad()
+def open_loop_error(wm, batch, rows, horizons=(1, 4, 16)):
+    """Normalised squared error of open-loop prediction on held-out slices: {latent_nmse_h, reward_nmse_h}.
+
+    1.0 is what predicting each task's mean would give; sums over tasks are taken before the ratio.
+    """
+    obs, actions, rew, task = batch
+    row = rows[task]
+    z, true = wm.encode(obs[0], row), wm.encode(obs, row)
+    within = F.one_hot(task, len(rows)).float()  # (B, N): variance is counted within a task
+
+    def centred(x):  # (B, D) minus the mean of its task
+        return x - within @ ((within.T @ x) / within.sum(0).clamp(min=1)[:, None])
+
+    out = {}
+    for h, a in enumerate(actions, 1):
+        r = two_hot_inv(wm.reward(z, a, row))
+        z = wm.next(z, a, row)
+        if h in horizons:
+            out[f"latent_nmse_{h}"] = (z - true[h]).square().sum() / centred(true[h]).square().sum()
+            real = rew[h - 1]
+            out[f"reward_nmse_{h}"] = (r - real).square().sum() / centred(real[:, None]).square().sum().clamp(min=1e-6)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- set-up
+# size: encoder layers, encoder hidden, other hidden, latent, Q functions, task embedding   (Table 1 and TD-MPC2)
+SIZES = {1: (2, 256, 384, 128, 2, 96), 5: (2, 256, 512, 512, 5, 64), 19: (3, 1024, 1024, 512, 5, 64),
+         48: (4, 1792, 1792, 768, 5, 64), 317: (5, 4096, 4096, 1376, 8, 96)}
+
+
+def model_dims(size, n_tasks, mt80=False):
+    """Keyword arguments of WorldModel for a model size; 19M and the task embedding differ between MT30 and MT80."""
+    layers, enc, hidden, latent, _, emb = SIZES[size]
+    if mt80:
+        latent, emb = 768 if size == 19 else latent, 96
+    return dict(enc_layers=layers, enc_hidden=enc, hidden=hidden, latent=latent, task_dim=emb if n_tasks > 1 else 0)
+
+
+BUDGETS = {  # what the flags that were left out become
+    ("cpu", "one"): dict(model_size=1, rounds=10, seed_episodes=16, round_episodes=4, wm_steps=10_000, wm_batch=64, wm_horizon=4, wm_lr=1e-3,
+                         policy_steps=2_500, policy_batch=64, critic_passes=1),
+    ("cpu", "many"): dict(model_size=1, rounds=4, seed_episodes=12, round_episodes=6, wm_steps=10_000, wm_batch=128, wm_horizon=4, wm_lr=1e-3,
+                          policy_steps=2_000, policy_batch=16, critic_passes=1),
+    ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256, wm_horizon=16, wm_lr=3e-4,
+                          policy_steps=20_000, policy_batch=64, critic_passes=8),
+    ("cuda", "many"): dict(model_size=48, rounds=6, seed_episodes=30, round_episodes=30, wm_steps=100_000, wm_batch=1024, wm_horizon=16, wm_lr=3e-4,
+                           policy_steps=10_000, policy_batch=64, critic_passes=8),
+    "fast": dict(model_size=1, rounds=2, seed_episodes=4, round_episodes=1, wm_steps=60, wm_batch=64, wm_horizon=4, wm_lr=1e-3, policy_steps=30,
+                 policy_batch=8, critic_passes=1),
+}
+
+
+def task_list(text):
+    tasks = {"mt30": MT30, "mt80": MT80}.get(text) or tuple(t.strip() for t in text.split(",") if t.strip())
+    if len(set(tasks)) < max(len(tasks), 1):
+        raise SystemExit(f"--task {text!r} names no task, or one twice: expected mt30, mt80, or names like walker-walk,cup-catch")
+    return tasks
+
+
+def shares(total, rounds, first, last):
+    """Split `total` updates over rounds: fractions for the first and the last, the rest equally between."""
+    if rounds == 1:
+        return [total]
+    inner = [(1 - first - last) / max(rounds - 2, 1)] * (rounds - 2)
+    ends = np.rint(np.cumsum([first, *inner, 1.0][:rounds - 1]) * total).astype(int).tolist() + [total]
+    return np.diff([0, *ends]).tolist()
+
+
+class Progress:
+    """Prints rate and time left over the whole plan; `totals` counts units of work of each kind."""
+
+    def __init__(self, totals, every=15.0):
+        self.totals, self.done = dict(totals), dict.fromkeys(totals, 0)
+        self.seconds, self.measured = dict.fromkeys(totals, 0.0), dict.fromkeys(totals, 0)
+        self.every, self.printed = every, time.time()
+
+    def add(self, kind, n, seconds):
+        self.done[kind] += n
+        self.measured[kind] += n
+        self.seconds[kind] += seconds
+
+    def left(self):
+        """Seconds until the end, or None while a kind of work has not been timed."""
+        left = 0.0
+        for kind, total in self.totals.items():
+            if total > self.done[kind]:
+                if not self.measured[kind]:
+                    return None
+                left += (total - self.done[kind]) * self.seconds[kind] / self.measured[kind]
+        return left
+
+    def line(self, text, force=False):
+        if force or time.time() - self.printed > self.every:
+            self.printed, left = time.time(), self.left()
+            eta = "?" if left is None else str(timedelta(seconds=int(left)))
+            print(f"{text} | left {eta}", flush=True)
+
+
+def choose_device(args, rank):
+    """Returns (device, why)."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda, but PyTorch sees no GPU: install a CUDA build of PyTorch or type --device cpu")
+    if args.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu"), f"{torch.get_num_threads()} threads" + (", as asked" if args.device == "cpu" else ", no GPU")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32
+    return device, torch.cuda.get_device_name(device) + ", TF32"
+
+
+def read_resume(args):
+    """The flags of the run in --resume, as Args; a task typed beside it must be that run's."""
+    file = Path(args.resume) / "args.json"
+    if not file.exists():
+        raise SystemExit(f"--resume {args.resume}: no args.json there; expected the folder of a run, runs/<name>")
+    saved = json.loads(file.read_text())["args"]
+    if args.task not in (saved["task"], Args.task):
+        raise SystemExit(f"--resume {args.resume} is a run of {saved['task']}, not {args.task}: leave --task out, or start anew")
+    return Args(**{**saved, "resume": args.resume})
+
+
+def fill_budget(args, device, n_tasks):
+    """Replace flags that were left out by the defaults for this device; returns a new Args."""
+    budget = BUDGETS["fast"] if args.fast else BUDGETS[device.type, "many" if n_tasks > 1 else "one"]
+    filled = {k: v for k, v in budget.items() if getattr(args, k) is None}
+    filled["compile"] = device.type == "cuda" if args.compile is None else args.compile
+    return replace(args, **filled, **({"eval_episodes": 1} if args.fast else {}))
+
+
+def open_data(args, tasks, run_dir, rank, wait):
+    """(Episodes, whether this run fills them): published chunks (converted once), a folder of episodes, or our own."""
+    if args.data_dir is None:
+        own = Path(run_dir) / "episodes"
+        if rank == 0:
+            Episodes.create(own, {t: task_facts(t)[:3] for t in tasks})
+        wait()
+        return Episodes.open(own, tasks), True
+    folder = Path(args.data_dir)
+    if any(folder.glob("chunk_*.pt")):
+        suite = MT80 if any(t.startswith("mw-") for t in tasks) or len(list(folder.glob("chunk_*.pt"))) > 4 else MT30
+        if rank == 0:
+            convert_tdmpc2(folder, folder / "episodes", suite, {t: task_facts(t)[:2] for t in suite})
+        wait()
+        folder = folder / "episodes"
+    return Episodes.open(folder, tasks), False
+
+
+def collect(workers, tasks, n, r, args, policy, note):
+    """Roll out n episodes per task: random with several hold lengths in round 0, then the current stochastic policies.
+
+    All noise is drawn per episode beforehand, so neither the number of workers nor their timing changes anything.
+    """
+    jobs = [(t, 10**6 * args.seed + 10**4 * r + i) for t in tasks for i in range(n)]
+    facts = [task_facts(t) for t, _ in jobs]
+    A = max(f.act_dim for f in facts)
+    rng = [np.random.default_rng([args.seed, r, j]) for j in range(len(jobs))]
+    if r == 0:
+        holds = (1, 2, 4, 8, 16, 32)
+        table = [random_actions(f.episode_length, A, holds[j % n % len(holds)], g) for j, (f, g) in enumerate(zip(facts, rng))]
+        return workers.rollout(jobs, lambda obs, job, t: np.stack([table[j][k] for j, k in zip(job, t)]), note)
+    table = [g.standard_normal((f.episode_length, A), np.float32) for f, g in zip(facts, rng)]
+    owner = np.repeat(np.arange(len(tasks)), n)
+    # Every other episode is disturbed: the policies soon repeat one path, and a model that saw only that path does not
+    # know how to come back to it. About every 50 steps a random action takes over for 10.
+    held = [random_actions(f.episode_length, A, 10, g) for f, g in zip(facts, rng)]
+    taken = [np.convolve(g.random(f.episode_length) < 0.02 * (j % 2), np.ones(10))[:f.episode_length] > 0
+             for j, (f, g) in enumerate(zip(facts, rng))]
+
+    def disturbed(obs, job, t):
+        a = policy(obs, owner[job], np.stack([table[j][k] for j, k in zip(job, t)]))
+        for i, (j, k) in enumerate(zip(job, t)):
+            if taken[j][k]:
+                a[i] = held[j][k]
+        return a
+
+    return workers.rollout(jobs, disturbed, note)
+
+
+def check_args(args, world):
+    """One sentence for flags that contradict each other."""
+    if world > 1 and args.planner_episodes:
+        raise SystemExit("the TD-MPC2 baseline trains on one process: leave --planner-episodes out under torchrun")
+    if args.eval_only and not args.checkpoint:
+        raise SystemExit("--eval-only needs --checkpoint runs/<name>/checkpoint.pt")
+    if args.workers < 1:
+        raise SystemExit(f"--workers {args.workers}: expected at least 1, e.g. --workers {os.cpu_count()}")
+
+
+def prepare(fn, amp, compiled):
+    """fn under autocast and, if asked for, compiled for fixed shapes."""
+    def run(*inputs):
+        with amp():
+            return fn(*inputs)
+    return torch.compile(run, dynamic=False) if compiled else run
+
+
+def total_steps(progress):
+    """The x-axis of all curves: gradient updates of world model and policies so far."""
+    return progress.done["model"] + progress.done["policy"]
+
+
+def report_steps(progress, what, done, total):
+    progress.line(f"{what}: {done:,}/{total:,} agent steps")
+
+
+def announce(say, args, tasks, nets, own, plan, device_text, folder):
+    """What was chosen and why."""
+    count = sum(p.numel() for p in nets["wm"].parameters())
+    say(f"PWM on {len(tasks)} task{'s' * (len(tasks) > 1)} ({args.task}), seed {args.seed}, {device_text}, "
+        f"{'bfloat16 products' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}")
+    say(f"world model {count:,} parameters; {args.workers} roll-out workers; "
+        + ("own data" if own else f"data from {args.data_dir}"))
+    if plan:
+        sums = {k: sum(n for kind, _, n in plan if kind == k) for k in ("collect", "model", "policy")}
+        say(f"budget: {len({r for _, r, _ in plan})} rounds, {sums['collect']} episodes per task, {sums['model']} world-model "
+            f"updates of {args.wm_batch} sequences, {sums['policy']} policy updates of {len(tasks)} x {args.policy_batch} "
+            f"roll-outs with {args.critic_passes} x {args.critic_batches} critic steps")
+    say(f"run folder {folder}")
+
+
+def load_policies(nets, path, tasks):
+    """Put a checkpoint's actors, critics and statistics for `tasks` into nets (those of the run, in any order)."""
+    file = torch.load(path, map_location="cpu", weights_only=True)
+    if "policy_tasks" not in file:
+        raise SystemExit(f"{path} has a world model but no policies: --eval-only needs runs/<name>/checkpoint.pt")
+    missing = [t for t in tasks if t not in file["policy_tasks"]]
+    if missing:
+        raise SystemExit(f"{path} has no policy for {missing[0]}; it has {', '.join(file['policy_tasks'])}")
+    pick = torch.tensor([file["policy_tasks"].index(t) for t in tasks])
+    for name, n in (("actors", 1), ("critics", nets["critics"].E), ("stats", 1)):
+        state = {k: v.unflatten(0, (-1, n))[pick].flatten(0, 1) for k, v in file[name].items()}
+        nets[name].load_state_dict(state)
+
+
+def task_rows(wm, tasks, facts, path):
+    """Rows of a loaded world model's task table for our tasks, (N,) ints."""
+    size = f"{sum(p.numel() for p in wm.parameters()) / 1e6:.1f}M parameters, {len(wm.act_dims)} tasks, obs {wm.obs_dim}"
+    known = wm.tasks or (tasks if len(wm.act_dims) == len(tasks) else ())
+    missing = [t for t in tasks if t not in known]
+    if missing or max(f.obs_dim for f in facts) > wm.obs_dim or any(
+            wm.act_dims[known.index(t)] != f.act_dim for t, f in zip(tasks, facts)):
+        raise SystemExit(f"{path} ({size}) was not trained on {missing[0] if missing else tasks[0]}: expected a world model "
+                         f"of a suite with {', '.join(tasks[:3])}{' ..' * (len(tasks) > 3)}; try --task mt30, mt80 or one of theirs")
+    return torch.tensor([known.index(t) for t in tasks])
+
+
+def make_optimizers(nets, args):
+    """{name: Adam}: world model (encoder at 0.3 lr), actors, critics and, with the baseline, its prior."""
+    wm, adam = nets["wm"], functools.partial(torch.optim.Adam, fused=True)
+    rest = [p for name, p in wm.named_parameters() if not name.startswith("encoder")]
+    q = list(nets["tdmpc2"].q.parameters()) if "tdmpc2" in nets else []
+    groups = [dict(params=list(wm.encoder.parameters()), lr=0.3 * args.wm_lr), dict(params=rest + q, lr=args.wm_lr)]
+    betas = (args.beta1, 0.95)
+    opts = dict(model=adam(groups, lr=args.wm_lr), actors=adam(nets["actors"].parameters(), lr=args.policy_lr, betas=betas),
+                critics=adam(nets["critics"].parameters(), lr=args.policy_lr, betas=betas))
+    if "tdmpc2" in nets:
+        opts["prior"] = adam(nets["tdmpc2"].pi.parameters(), lr=args.wm_lr, eps=1e-5)
+    return opts
+
+
+def make_plan(args, own, given_model):
+    """[(kind, round, amount)]: collect episodes per task, model and policy updates."""
+    rounds = args.rounds if own else 1
+    model = [0] * rounds if given_model else shares(args.wm_steps, rounds, args.first_model, args.last_model)
+    policy = shares(args.policy_steps, rounds, args.first_policy, args.last_policy)
+    plan = []
+    for r in range(rounds):
+        plan += [("collect", r, args.round_episodes if r else args.seed_episodes)] * own
+        plan += [("model", r, model[r]), ("policy", r, policy[r])]
+    return plan
+
+
+def save_state(run, nets, opts, generators, progress, where, tasks, args, counts, history):
+    """Everything that a resumed run needs, as tensors and plain values; `wm` and `tasks` make it a loadable world model."""
+    state = {name: net.state_dict() for name, net in nets.items()}
+    run.save(dict(state, opts={k: o.state_dict() for k, o in opts.items()}, where=where, args=asdict(args),
+                  generators={k: g.get_state() for k, g in generators.items()}, tasks=list(nets["wm"].tasks),
+                  act_dims=list(nets["wm"].act_dims), policy_tasks=list(tasks), counts=counts, history=history,
+                  progress={k: getattr(progress, k) for k in ("done", "seconds", "measured")}))
+
+
+def restore_state(state, nets, opts, generators, progress):
+    for name, net in nets.items():
+        net.load_state_dict(state[name])
+    for name, opt in opts.items():
+        opt.load_state_dict(state["opts"][name])
+    for name, g in generators.items():
+        g.set_state(state["generators"][name].cpu())
+    for k, v in state["progress"].items():
+        setattr(progress, k, v)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+PUBLISHED = {  # final returns on MT30 of PWM and of TD-MPC2 with planning, both 48M (released result files)
+    "walker-stand": (995.4, 989.2), "walker-walk": (985.8, 979.0), "walker-run": (857.8, 617.6),
+    "cheetah-run": (414.5, 148.1), "reacher-easy": (991.7, 981.4), "reacher-hard": (988.3, 974.5),
+    "acrobot-swingup": (116.4, 9.7), "pendulum-swingup": (869.1, 814.8), "cartpole-balance": (999.7, 990.5),
+    "cartpole-balance-sparse": (1000.0, 1000.0), "cartpole-swingup": (896.6, 0.5), "cartpole-swingup-sparse": (953.4, 0.0),
+    "cup-catch": (471.6, 964.3), "finger-spin": (977.6, 928.2), "finger-turn-easy": (879.7, 983.4),
+    "finger-turn-hard": (871.2, 981.1), "fish-swim": (844.4, 487.6), "hopper-stand": (394.7, 493.1),
+    "hopper-hop": (162.4, 69.6), "walker-walk-backwards": (977.8, 959.9), "walker-run-backwards": (791.6, 186.7),
+    "cheetah-run-backwards": (601.0, 324.6), "cheetah-run-front": (549.4, 122.8), "cheetah-run-back": (825.9, 156.8),
+    "cheetah-jump": (793.8, 301.8), "hopper-hop-backwards": (165.1, 273.0), "reacher-three-easy": (989.1, 979.1),
+    "reacher-three-hard": (974.9, 580.8), "cup-spin": (839.6, 828.8), "pendulum-spin": (866.9, 820.5)}
+
+
+def play(workers, tasks, n, seed, policy, note=None):
+    """n episodes per task -> {task: {"return": [n], "success": [n]}}; policy(obs, task index, job, t) -> actions."""
+    jobs = [(t, 10**9 + 10**4 * seed + i) for t in tasks for i in range(n)]
+    owner = np.repeat(np.arange(len(tasks)), n)
+    episodes = workers.rollout(jobs, lambda obs, job, t: policy(obs, owner[job], job, t), note)
+    return {t: {"return": [float(e["ret"]) for e in episodes[k * n:k * n + n]],
+                "success": [float(e["success"]) for e in episodes[k * n:k * n + n]]} for k, t in enumerate(tasks)}
+
+
+def evaluate(workers, nets, rows, tasks, args, greedy, device, note):
+    """Returns {column: {task: {"return", "success"}}} for `random`, `ours` and, if asked for, `planner`, and ms per action."""
+    facts, wm = [task_facts(t) for t in tasks], nets["wm"]
+    rng = np.random.default_rng([args.seed, 7])
+    A = max(f.act_dim for f in facts)
+    columns = dict(random=play(workers, tasks, args.eval_episodes, args.seed,
+                               lambda obs, *_: rng.uniform(-1, 1, (len(obs), A)), note),
+                   ours=play(workers, tasks, args.eval_episodes, args.seed, lambda obs, task, *_: greedy(obs, task), note))
+    one = torch.zeros(1, dtype=torch.long, device=device)
+    obs = torch.zeros(1, wm.obs_dim, device=device)
+    single = single_actor(nets["actors"], wm)
+    latency = dict(ours=milliseconds(lambda: single(wm.encode(obs, rows[one])[None]), device))
+    if args.planner_episodes:
+        discount = torch.tensor([task_discount(f.episode_length) for f in facts], device=device)
+        gen = torch.Generator(device).manual_seed(args.seed)
+        means = torch.zeros(len(tasks) * args.planner_episodes, 3, wm.act_mask.shape[1], device=device)
+
+        def planner(obs, task, job, t):
+            job, task = torch.as_tensor(job, device=device), torch.as_tensor(task, device=device)
+            z = wm.encode(pad(obs, wm.obs_dim, device), rows[task])
+            means[job[torch.as_tensor(t, device=device) == 0]] = 0
+            a, mean = plan(wm, nets["tdmpc2"], z, rows[task], means[job], discount[task], gen)
+            means[job] = F.pad(mean[:, 1:], (0, 0, 0, 1))
+            return a[:, :A].cpu().numpy()
+
+        columns["planner"] = play(workers, tasks, args.planner_episodes, args.seed, planner, note)
+        latency["planner"] = milliseconds(lambda: plan(wm, nets["tdmpc2"], wm.encode(obs, rows[one]), rows[one], means[:1],
+                                                       discount[:1], gen), device, 5)
+    return columns, latency
+
+
+def milliseconds(fn, device, n=50):
+    """Median wall-clock of fn() in ms."""
+    times = []
+    for _ in range(n + 2):
+        start = time.perf_counter()
+        with torch.no_grad():
+            fn()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times[2:])[n // 2]
+
+
+def pad(obs, width, device):
+    """numpy (n, o) -> tensor (n, width) with zeros at the end"""
+    obs = torch.as_tensor(obs, device=device)
+    return F.pad(obs, (0, width - obs.shape[1]))
+
+
+def single_actor(actors, wm):
+    """The first task's actor alone, as one would deploy it."""
+    one = Actors(actors.act_mask[:1, 0], wm.latent).to(actors.act_mask.device)
+    one.load_state_dict({k: v[:1] for k, v in actors.state_dict().items()})
+    return one
+
+
+def points(task, played):
+    """Per-episode results on the table's scale: return for dm_control (0..1000) and gymnasium, 1000 x success for mw-."""
+    scale = 1.0 if task not in MT80 and score(task, 1.0, 0.0) == 1.0 else 1000.0
+    return [scale * score(task, r, s) for r, s in zip(played["return"], played["success"])]
+
+
+def report(run, args, tasks, columns, latency, seconds, device_text):
+    """Print the final table and write results.json, results.csv and results.png; returns what results.json holds."""
+    raw = {c: {t: points(t, played[t]) for t in tasks} for c, played in columns.items()}
+    rows = [{"task": t, **{c: float(np.mean(raw[c][t])) for c in raw},
+             "PWM paper": PUBLISHED.get(t, (None, None))[0], "TD-MPC2 paper": PUBLISHED.get(t, (None, None))[1]} for t in tasks]
+    names = [c for c in rows[0] if c != "task" and any(r[c] is not None for r in rows)]
+    summary = {c: {"mean": float(np.mean([r[c] for r in rows if r[c] is not None])),
+                   "iqm": iqm([r[c] for r in rows if r[c] is not None])} for c in names}
+    for c in raw:  # 95 % interval over evaluation episodes of this one training seed
+        low, high = bootstrap_ci(np.array([raw[c][t] for t in tasks]).T, np.mean)
+        summary[c]["mean_ci95"] = [low, high]
+    width = max(len(t) for t in tasks) + 2
+    lines = ["".join([f"{'task':<{width}}", *(f"{c:>15}" for c in names)])]
+    for r in rows + [{"task": stat, **{c: summary[c][stat] for c in names}} for stat in ("mean", "iqm")] * (len(rows) > 1):
+        lines.append("".join([f"{r['task']:<{width}}", *(f"{'-' if r[c] is None else format(r[c], '.1f'):>15}" for c in names)]))
+    print("\n" + "\n".join(lines))
+    for c, ms in latency.items():
+        print(f"{c}: {ms:.2f} ms per action")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    result = dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit, seed=args.seed,
+                  hardware=device_text, seconds=round(seconds, 1), args=asdict(args), summary=summary, table=rows,
+                  episodes=raw, ms_per_action=latency)
+    write_text(run.dir / "results.json", json.dumps(result, indent=1))
+    with open(run.dir / "results.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["task", *names], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, names, run.dir / "results.png")
+    print(f"files: {run.dir}/results.json results.csv results.png checkpoint.pt metrics.jsonl")
+    return result
+
+
+def write_text(path, text):
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def plot(rows, names, path):
+    """Bars of every column per task."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(max(5, 0.55 * len(rows) + 2), 4), layout="constrained")
+    x, width = np.arange(len(rows)), 0.8 / len(names)
+    for k, c in enumerate(names):
+        ax.bar(x + (k - len(names) / 2 + 0.5) * width, [r[c] or 0 for r in rows], width, label=c)
+    ax.set_xticks(x, [r["task"] for r in rows], rotation=60 if len(rows) > 4 else 0, ha="right" if len(rows) > 4 else "center")
+    ax.set_ylabel("return (dm_control), 1000 x success (Meta-World)")
+    ax.legend(fontsize=8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def record(run, tasks, greedy, seed):
+    """One deterministic episode per task as video_<task>.mp4 in the run's folder."""
+    import imageio
+    for k, t in enumerate(tasks):
+        env = make_env(t, seed)
+        obs, _ = env.reset(seed=10**9 + 10**4 * seed)
+        frames, done = [env.render()], False
+        while not done:
+            a = greedy(obs[None], np.array([k]))[0]
+            obs, _, terminated, truncated, _ = env.step(a[:env.action_space.shape[0]])
+            frames.append(env.render())
+            done = terminated or truncated
+        path = run.dir / f"video_{t.replace('/', '_').replace(':', '_')}.mp4"
+        imageio.mimwrite(path, frames, fps=40, macro_block_size=1)
+        env.close()
+        print(f"video: {path}")
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+def main(args: Args):
+    """Run the whole algorithm; returns what results.json holds (None on the other ranks of torchrun)."""
+    if args.resume:
+        args = read_resume(args)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    device, why = choose_device(args, rank)
+    tasks = task_list(args.task)
+    facts = [task_facts(t) for t in tasks]  # unknown names end here
+    args = fill_budget(args, device, len(tasks))
+    check_args(args, world)
+
+    torch.manual_seed(args.seed)
+    published = args.checkpoint and load_world_model(args.checkpoint)
+    wm = published or WorldModel(max(f.obs_dim for f in facts), [f.act_dim for f in facts],
+                                 **model_dims(args.model_size, len(tasks), tasks == MT80))
+    wm.tasks = wm.tasks or tasks
+    rows = task_rows(wm, tasks, facts, args.checkpoint).to(device)
+    nets = nn.ModuleDict(dict(wm=wm, actors=Actors(wm.act_mask[rows.cpu()], wm.latent),
+                              critics=Critics(len(tasks), wm.latent), stats=ReturnStats(len(tasks))))
+    if args.planner_episodes:
+        nets["tdmpc2"] = TDMPC2(wm, SIZES[args.model_size][2], SIZES[args.model_size][4])
+    nets.to(device)
+    if args.eval_only:
+        load_policies(nets, args.checkpoint, tasks)
+    opts = make_optimizers(nets, args)
+    generators = {k: torch.Generator(device).manual_seed(args.seed + i) for i, k in enumerate(("model", "policy"))}
+
+    run = Run(args.task, "pwm", args.seed, asdict(args), args.resume) if rank == 0 else None
+    folder, wait = run and str(run.dir), lambda: None
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        wait, box = torch.distributed.barrier, [folder]
+        torch.distributed.broadcast_object_list(box)
+        folder = box[0]
+    episodes, own = (None, False) if args.eval_only else open_data(args, tasks, folder, rank, wait)
+    plan = [] if args.eval_only else make_plan(args, own, bool(published))
+    units = {kind: sum(n for k, _, n in plan if k == kind) for kind in ("collect", "model", "policy")}
+    progress = Progress({**units, "evaluate": 1}, every=15.0)
+    where = dict(stage=0, step=0, policy_updates=0, seconds=0.0)
+    history = []
+    if args.resume:
+        state = torch.load(Path(folder) / "checkpoint.pt", map_location=device, weights_only=True) if rank else run.load()
+        restore_state(state, nets, opts, generators, progress)
+        where, history = state["where"], state["history"]
+        if own and rank == 0:
+            episodes.truncate(state["counts"])
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    device_text = f"{device.type}: {why}"
+    announce(say, args, tasks, nets, own, plan, device_text, folder)
+
+    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
+    parallel = nn.parallel.DistributedDataParallel(wm) if world > 1 else wm
+    model_fn, actor_fn, critic_fn = (prepare(f, amp, args.compile) for f in (parallel, actor_loss, critic_loss))
+    heads = nets["tdmpc2"] if args.planner_episodes else None
+    discount = torch.tensor([task_discount(f.episode_length) for f in facts], device=device)
+    imagined_rows = rows.repeat_interleave(args.policy_batch)
+
+    def policy(obs, task, eps=None):
+        """numpy (n, o), (n,), (n, A) or None -> numpy actions (n, A)"""
+        task = torch.as_tensor(task, device=device)
+        noise = None if eps is None else pad(eps, wm.act_mask.shape[1], device)
+        a = act(wm, nets["actors"], rows, pad(obs, wm.obs_dim, device), task, noise)
+        return a[:, :max(f.act_dim for f in facts)].cpu().numpy()
+
+    stop, start = [], time.time()
+    signal.signal(signal.SIGINT, lambda *_: stop.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
+
+    def save(stage, step):
+        where.update(stage=stage, step=step, seconds=where["seconds"] + time.time() - clock[0])
+        clock[0] = time.time()
+        if rank == 0:
+            save_state(run, nets, opts, generators, progress, where, tasks, args, episodes.counts() if own else {}, history)
+        if stop:
+            raise SystemExit(f"stopped; go on with: python {Path(sys.argv[0]).name} --resume {folder}")
+
+    clock, sampler = [start], None
+    with Workers(args.workers) if rank == 0 else contextlib.nullcontext() as workers:
+        for stage in range(where["stage"], len(plan)):
+            kind, r, n = plan[stage]
+            begun = clock_stage = time.time()
+            if kind == "collect":
+                if rank == 0:
+                    note = functools.partial(report_steps, progress, f"round {r}: rolling out")
+                    played = collect(workers, tasks, n, r, args, policy, note)
+                    for k, t in enumerate(tasks):
+                        mine = played[k * n:k * n + n]
+                        episodes.append(t, *([e[x] for e in mine] for x in ("obs", "act", "rew", "term")))
+                    history.append({"round": r, "return": {t: float(np.mean([e["ret"] for e in played[k * n:k * n + n]]))
+                                                           for k, t in enumerate(tasks)}})
+                    ret = history[-1]["return"]
+                    run.log(total_steps(progress), {f"rollout/{t}/return": v for t, v in ret.items()}
+                            | {"charts/episodic_return": float(np.mean(list(ret.values())))})
+                    progress.add(kind, n, time.time() - begun)
+                    progress.line(f"round {r}: {n * len(tasks)} episodes, mean return {np.mean(list(ret.values())):.1f}", True)
+                wait()
+                save(stage + 1, 0)
+                sampler, where["step"] = None, 0
+                continue
+            if sampler is None:
+                sampler = episodes.sampler(tasks, args.wm_horizon, device, wm.obs_dim, wm.act_mask.shape[1], args.held_out)
+            wm.requires_grad_(kind == "model")  # frozen during extraction: no weight gradients
+            for step in range(where["step"], n):
+                if kind == "model":
+                    fall = min(1.0, args.wm_final_lr + 2 * (1 - args.wm_final_lr) * (1 - step / n))
+                    for group, share in zip(opts["model"].param_groups, (0.3, 1.0)):
+                        group["lr"] = share * args.wm_lr * fall
+                    obs, a, rew, task = sampler.sequences(args.wm_batch, generators["model"])
+                    part = slice(rank, None, world)  # every rank draws the global batch and keeps its share
+                    batch = obs[:, part], a[:, part], rew[:, part], rows[task[part]]
+                    metrics = update_world_model(model_fn, wm, opts["model"], batch, args.rho, heads, opts.get("prior"),
+                                                 discount[task[part]], generators["model"])
+                elif rank == 0:
+                    obs = sampler.starts(args.policy_batch, generators["policy"])
+                    noise = torch.randn(args.horizon, *obs.shape[:2], wm.act_mask.shape[1], generator=generators["policy"],
+                                        device=device)
+                    perm = torch.rand(args.critic_passes, args.horizon * args.policy_batch, generator=generators["policy"],
+                                      device=device).argsort(1)
+                    for opt in (opts["actors"], opts["critics"]):
+                        opt.param_groups[0]["lr"] = args.policy_lr + (1e-5 - args.policy_lr) * where["policy_updates"] / units["policy"]
+                    metrics = update_policies((actor_fn, critic_fn), nets, opts, obs, noise, perm, imagined_rows, args)
+                    where["policy_updates"] += 1
+                if rank == 0 and (step % 50 == 49 or step == n - 1):
+                    numbers = {f"losses/{kind}/{k}": float(v) for k, v in metrics.items()}
+                    if not np.isfinite(list(numbers.values())).all():
+                        raise SystemExit(f"{kind} update {step} of round {r} is not finite: {numbers}; the last checkpoint is "
+                                         f"in {folder}: try a smaller learning rate or --no-bf16")
+                    progress.add(kind, step + 1 - where["step"] if step < 50 else (step % 50) + 1, time.time() - clock_stage)
+                    clock_stage = time.time()
+                    rate = progress.measured[kind] / max(progress.seconds[kind], 1e-9)
+                    run.log(total_steps(progress), numbers | {"charts/UPS": rate})
+                    shown = ", ".join(f"{k} {float(v):.3g}" for k, v in metrics.items())
+                    progress.line(f"round {r}: {kind} {step + 1}/{n}, {rate:.1f}/s, {shown}", step == n - 1)
+                if stop or time.time() - clock[0] > args.save_every:
+                    save(stage, step + 1)
+            where["step"] = 0
+            if kind == "model" and n and rank == 0:
+                gen = torch.Generator(device).manual_seed(0)
+                with torch.no_grad():
+                    test = episodes.sampler(tasks, args.horizon, device, wm.obs_dim, wm.act_mask.shape[1], args.held_out)
+                    errors = open_loop_error(wm, test.sequences(512, gen, held_out=True), rows, (1, 4, args.horizon))
+                history.append({"round": r, **{k: float(v) for k, v in errors.items()}})
+                run.log(total_steps(progress), {f"eval/{k}": v for k, v in errors.items()})
+                say(f"round {r}: held-out open-loop error " + ", ".join(f"{k} {float(v):.3f}" for k, v in errors.items()))
+            save(stage + 1, 0)
+        if rank:
+            return None
+        begun = time.time()
+        note = functools.partial(report_steps, progress, "evaluating")
+        columns, latency = evaluate(workers, nets, rows, tasks, args, policy, device, note)
+    seconds = where["seconds"] + time.time() - clock[0]
+    result = report(run, args, tasks, columns, latency, seconds, device_text)
+    result["history"] = history
+    write_text(run.dir / "results.json", json.dumps(result, indent=1))
+    for t in tasks:
+        run.log(total_steps(progress), {f"eval/{t}/return": float(np.mean(columns["ours"][t]["return"])),
+                                        f"eval/{t}/success": float(np.mean(columns["ours"][t]["success"]))})
+    if args.capture_video:
+        record(run, tasks, policy, args.seed)
+    run.close()
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
