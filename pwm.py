@@ -20,6 +20,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -114,8 +115,8 @@ class Args:
     """fraction of episodes on which the world model is tested, never trained"""
 
     # evaluation
-    eval_episodes: int = 10
-    """deterministic episodes per task at the end, and as many of a random policy"""
+    eval_episodes: int | None = None
+    """deterministic episodes per task at the end, and as many of a random policy (default 10)"""
     planner_episodes: int = 0
     """also train TD-MPC2's prior and Q on the same model and data and evaluate its MPPI planner for this many episodes"""
     save_every: float = 60.0
@@ -181,7 +182,7 @@ class FastMish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         s = x.neg().sigmoid_()
-        q = s.square()
+        q = s * s
         r = q.add(1).reciprocal_()
         t = (1 - q).mul_(r)
         if ctx.needs_input_grad[0]:  # d/dx = t + 4 x s^2 (1-s) / (1+s^2)^2
@@ -669,6 +670,10 @@ def find_world_model(file, path):
     return weights, parts[2].pop()
 
 
+def load_tdmpc2(wm, path):
+    """x"""
+
+
 def load_world_model(path, device="cpu"):
     """A WorldModel from TD-MPC2's and PWM's published files (three key layouts) or from our own checkpoint.pt.
 
@@ -753,9 +758,21 @@ def open_loop_error(wm, batch, rows, horizons=(1, 4, 16)):
 
 
 # ----------------------------------------------------------------------------------------------------------- set-up
-# size: encoder layers, encoder hidden, other hidden, latent, Q functions, task embedding   (Table 1 and TD-MPC2)
+# millions of parameters: encoder layers, encoder hidden, other hidden, latent, Q functions, task embedding   (Table 1)
 SIZES = {1: (2, 256, 384, 128, 2, 96), 5: (2, 256, 512, 512, 5, 64), 19: (3, 1024, 1024, 512, 5, 64),
          48: (4, 1792, 1792, 768, 5, 64), 317: (5, 4096, 4096, 1376, 8, 96)}
+
+BUDGETS = {  # what the flags that were left out become, by device and number of tasks
+    ("cpu", "one"): dict(model_size=1, rounds=12, seed_episodes=16, round_episodes=4, wm_steps=10_000, wm_batch=64,
+                         wm_horizon=4, wm_lr=1e-3, policy_steps=3_000, policy_batch=64, critic_passes=1),
+    ("cpu", "many"): dict(model_size=1, rounds=6, seed_episodes=12, round_episodes=4, wm_steps=16_000, wm_batch=256,
+                          wm_horizon=4, wm_lr=1e-3, policy_steps=3_000, policy_batch=16, critic_passes=1),
+    ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256,
+                          wm_horizon=16, wm_lr=3e-4, policy_steps=20_000, policy_batch=64, critic_passes=8),
+    ("cuda", "many"): dict(model_size=48, rounds=6, seed_episodes=40, round_episodes=20, wm_steps=100_000, wm_batch=1024,
+                           wm_horizon=16, wm_lr=3e-4, policy_steps=10_000, policy_batch=64, critic_passes=8),
+    "fast": dict(model_size=1, rounds=2, seed_episodes=4, round_episodes=1, wm_steps=200, wm_batch=64, wm_horizon=4,
+                 wm_lr=1e-3, policy_steps=20, policy_batch=8, critic_passes=1, eval_episodes=1)}
 
 
 def model_dims(size, n_tasks, mt80=False):
@@ -766,72 +783,19 @@ def model_dims(size, n_tasks, mt80=False):
     return dict(enc_layers=layers, enc_hidden=enc, hidden=hidden, latent=latent, task_dim=emb if n_tasks > 1 else 0)
 
 
-BUDGETS = {  # what the flags that were left out become
-    ("cpu", "one"): dict(model_size=1, rounds=10, seed_episodes=16, round_episodes=4, wm_steps=10_000, wm_batch=64, wm_horizon=4, wm_lr=1e-3,
-                         policy_steps=2_500, policy_batch=64, critic_passes=1),
-    ("cpu", "many"): dict(model_size=1, rounds=4, seed_episodes=12, round_episodes=6, wm_steps=10_000, wm_batch=128, wm_horizon=4, wm_lr=1e-3,
-                          policy_steps=2_000, policy_batch=16, critic_passes=1),
-    ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256, wm_horizon=16, wm_lr=3e-4,
-                          policy_steps=20_000, policy_batch=64, critic_passes=8),
-    ("cuda", "many"): dict(model_size=48, rounds=6, seed_episodes=30, round_episodes=30, wm_steps=100_000, wm_batch=1024, wm_horizon=16, wm_lr=3e-4,
-                           policy_steps=10_000, policy_batch=64, critic_passes=8),
-    "fast": dict(model_size=1, rounds=2, seed_episodes=4, round_episodes=1, wm_steps=60, wm_batch=64, wm_horizon=4, wm_lr=1e-3, policy_steps=30,
-                 policy_batch=8, critic_passes=1),
-}
-
-
 def task_list(text):
     tasks = {"mt30": MT30, "mt80": MT80}.get(text) or tuple(t.strip() for t in text.split(",") if t.strip())
     if len(set(tasks)) < max(len(tasks), 1):
-        raise SystemExit(f"--task {text!r} names no task, or one twice: expected mt30, mt80, or names like walker-walk,cup-catch")
+        raise SystemExit(f"--task {text!r} names no task, or one twice: expected mt30, mt80 or walker-walk,cup-catch")
     return tasks
-
-
-def shares(total, rounds, first, last):
-    """Split `total` updates over rounds: fractions for the first and the last, the rest equally between."""
-    if rounds == 1:
-        return [total]
-    inner = [(1 - first - last) / max(rounds - 2, 1)] * (rounds - 2)
-    ends = np.rint(np.cumsum([first, *inner, 1.0][:rounds - 1]) * total).astype(int).tolist() + [total]
-    return np.diff([0, *ends]).tolist()
-
-
-class Progress:
-    """Prints rate and time left over the whole plan; `totals` counts units of work of each kind."""
-
-    def __init__(self, totals, every=15.0):
-        self.totals, self.done = dict(totals), dict.fromkeys(totals, 0)
-        self.seconds, self.measured = dict.fromkeys(totals, 0.0), dict.fromkeys(totals, 0)
-        self.every, self.printed = every, time.time()
-
-    def add(self, kind, n, seconds):
-        self.done[kind] += n
-        self.measured[kind] += n
-        self.seconds[kind] += seconds
-
-    def left(self):
-        """Seconds until the end, or None while a kind of work has not been timed."""
-        left = 0.0
-        for kind, total in self.totals.items():
-            if total > self.done[kind]:
-                if not self.measured[kind]:
-                    return None
-                left += (total - self.done[kind]) * self.seconds[kind] / self.measured[kind]
-        return left
-
-    def line(self, text, force=False):
-        if force or time.time() - self.printed > self.every:
-            self.printed, left = time.time(), self.left()
-            eta = "?" if left is None else str(timedelta(seconds=int(left)))
-            print(f"{text} | left {eta}", flush=True)
 
 
 def choose_device(args, rank):
     """Returns (device, why)."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda, but PyTorch sees no GPU: install a CUDA build of PyTorch or type --device cpu")
+        raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type --device cpu")
     if args.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu"), f"{torch.get_num_threads()} threads" + (", as asked" if args.device == "cpu" else ", no GPU")
+        return torch.device("cpu"), f"{torch.get_num_threads()} threads ({'as asked' if args.device == 'cpu' else 'no GPU'})"
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32
@@ -845,16 +809,21 @@ def read_resume(args):
         raise SystemExit(f"--resume {args.resume}: no args.json there; expected the folder of a run, runs/<name>")
     saved = json.loads(file.read_text())["args"]
     if args.task not in (saved["task"], Args.task):
-        raise SystemExit(f"--resume {args.resume} is a run of {saved['task']}, not {args.task}: leave --task out, or start anew")
+        raise SystemExit(f"--resume {args.resume} is a run of {saved['task']}, not {args.task}: leave --task out")
     return Args(**{**saved, "resume": args.resume})
 
 
-def fill_budget(args, device, n_tasks):
-    """Replace flags that were left out by the defaults for this device; returns a new Args."""
-    budget = BUDGETS["fast"] if args.fast else BUDGETS[device.type, "many" if n_tasks > 1 else "one"]
-    filled = {k: v for k, v in budget.items() if getattr(args, k) is None}
-    filled["compile"] = device.type == "cuda" if args.compile is None else args.compile
-    return replace(args, **filled, **({"eval_episodes": 1} if args.fast else {}))
+def fill_budget(args, device, n_tasks, world):
+    """Args with the defaults of this device for the flags that were left out. SystemExit: flags that contradict."""
+    if world > 1 and args.planner_episodes:
+        raise SystemExit("the TD-MPC2 baseline trains on one process: leave --planner-episodes out under torchrun")
+    if args.eval_only and not args.checkpoint:
+        raise SystemExit("--eval-only needs --checkpoint runs/<name>/checkpoint.pt")
+    if args.workers < 1:
+        raise SystemExit(f"--workers {args.workers}: expected at least 1, e.g. --workers {os.cpu_count()}")
+    budget = dict(BUDGETS["fast"] if args.fast else BUDGETS[device.type, "many" if n_tasks > 1 else "one"])
+    budget |= dict(compile=device.type == "cuda") | ({} if args.fast else dict(eval_episodes=10))
+    return replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
 
 
 def open_data(args, tasks, run_dir, rank, wait):
@@ -866,13 +835,34 @@ def open_data(args, tasks, run_dir, rank, wait):
         wait()
         return Episodes.open(own, tasks), True
     folder = Path(args.data_dir)
-    if any(folder.glob("chunk_*.pt")):
-        suite = MT80 if any(t.startswith("mw-") for t in tasks) or len(list(folder.glob("chunk_*.pt"))) > 4 else MT30
+    if chunks := list(folder.glob("chunk_*.pt")):
+        suite = MT80 if any(t.startswith("mw-") for t in tasks) or len(chunks) > 4 else MT30
         if rank == 0:
             convert_tdmpc2(folder, folder / "episodes", suite, {t: task_facts(t)[:2] for t in suite})
         wait()
         folder = folder / "episodes"
     return Episodes.open(folder, tasks), False
+
+
+def shares(total, rounds, first, last):
+    """Split `total` updates over rounds: fractions for the first and the last, the rest equally between."""
+    if rounds == 1:
+        return [total]
+    cuts = [first + k * (1 - first - last) / max(rounds - 2, 1) for k in range(rounds - 1)]
+    ends = [round(c * total) for c in cuts] + [total]
+    return [b - a for a, b in zip([0, *ends], ends)]
+
+
+def make_plan(args, own, given_model):
+    """[(kind, round, amount)]: collect episodes per task, then updates of the model, then of the policies."""
+    rounds = args.rounds if own else 1
+    model = [0] * rounds if given_model else shares(args.wm_steps, rounds, args.first_model, args.last_model)
+    policy = shares(args.policy_steps, rounds, args.first_policy, args.last_policy)
+    plan = []
+    for r in range(rounds):
+        plan += [("collect", r, args.round_episodes if r else args.seed_episodes)] * own
+        plan += [("model", r, model[r]), ("policy", r, policy[r])]
+    return plan
 
 
 def collect(workers, tasks, n, r, args, policy, note):
@@ -886,10 +876,11 @@ def collect(workers, tasks, n, r, args, policy, note):
     rng = [np.random.default_rng([args.seed, r, j]) for j in range(len(jobs))]
     if r == 0:
         holds = (1, 2, 4, 8, 16, 32)
-        table = [random_actions(f.episode_length, A, holds[j % n % len(holds)], g) for j, (f, g) in enumerate(zip(facts, rng))]
-        return workers.rollout(jobs, lambda obs, job, t: np.stack([table[j][k] for j, k in zip(job, t)]), note)
-    table = [g.standard_normal((f.episode_length, A), np.float32) for f, g in zip(facts, rng)]
+        actions = [random_actions(f.episode_length, A, holds[j % n % len(holds)], g)
+                   for j, (f, g) in enumerate(zip(facts, rng))]
+        return workers.rollout(jobs, lambda obs, job, t: np.stack([actions[j][k] for j, k in zip(job, t)]), note)
     owner = np.repeat(np.arange(len(tasks)), n)
+    noise = [g.standard_normal((f.episode_length, A), np.float32) for f, g in zip(facts, rng)]
     # Every other episode is disturbed: the policies soon repeat one path, and a model that saw only that path does not
     # know how to come back to it. About every 50 steps a random action takes over for 10.
     held = [random_actions(f.episode_length, A, 10, g) for f, g in zip(facts, rng)]
@@ -897,23 +888,175 @@ def collect(workers, tasks, n, r, args, policy, note):
              for j, (f, g) in enumerate(zip(facts, rng))]
 
     def disturbed(obs, job, t):
-        a = policy(obs, owner[job], np.stack([table[j][k] for j, k in zip(job, t)]))
+        act = policy(obs, owner[job], np.stack([noise[j][k] for j, k in zip(job, t)]))
         for i, (j, k) in enumerate(zip(job, t)):
             if taken[j][k]:
-                a[i] = held[j][k]
-        return a
+                act[i] = held[j][k]
+        return act
 
     return workers.rollout(jobs, disturbed, note)
 
 
-def check_args(args, world):
-    """One sentence for flags that contradict each other."""
-    if world > 1 and args.planner_episodes:
-        raise SystemExit("the TD-MPC2 baseline trains on one process: leave --planner-episodes out under torchrun")
-    if args.eval_only and not args.checkpoint:
-        raise SystemExit("--eval-only needs --checkpoint runs/<name>/checkpoint.pt")
-    if args.workers < 1:
-        raise SystemExit(f"--workers {args.workers}: expected at least 1, e.g. --workers {os.cpu_count()}")
+class Progress:
+    """Rate and time left over the whole plan; `totals` counts units of each kind: agent steps, model and policy updates."""
+
+    def __init__(self, totals, every=15.0):
+        self.totals, self.every, self.printed = dict(totals), every, time.time()
+        self.done, self.seconds, self.measured = ({k: 0 for k in totals} for _ in range(3))
+
+    def add(self, kind, n, seconds):
+        if not self.done[kind]:
+            self.seconds[kind] = self.measured[kind] = 0  # what `guess` said has served
+        self.done[kind] += n
+        self.measured[kind] += n
+        self.seconds[kind] += seconds
+
+    def guess(self, kind, rate):
+        self.measured[kind], self.seconds[kind] = rate, 1.0
+
+    def rate(self, kind):
+        return self.measured[kind] / max(self.seconds[kind], 1e-9)
+
+    def line(self, text, force=False):
+        if force or time.time() - self.printed > self.every:
+            self.printed = time.time()
+            left = sum((total - self.done[k]) / max(self.rate(k), 1e-9) for k, total in self.totals.items())
+            print(f"{text} | {timedelta(seconds=round(max(left, 0)))} left", flush=True)
+
+
+class Trainer:
+    """Networks, optimisers and random generators of a run, its two updates, and its state for checkpoints."""
+
+    def __init__(self, args, tasks, device, world=1):
+        self.args, self.tasks, self.device = args, tasks, device
+        self.facts = [task_facts(t) for t in tasks]
+        torch.manual_seed(args.seed)
+        wm = load_world_model(args.checkpoint) if args.checkpoint else WorldModel(
+            max(f.obs_dim for f in self.facts), [f.act_dim for f in self.facts],
+            **model_dims(args.model_size, len(tasks), tasks == MT80))
+        wm.tasks = wm.tasks or tasks
+        self.rows = task_rows(wm, tasks, self.facts, args.checkpoint)  # (N,) rows of the world model's task table
+        self.nets = nn.ModuleDict(dict(wm=wm, actors=Actors(wm.act_mask[self.rows], wm.latent),
+                                       critics=Critics(len(tasks), wm.latent), stats=ReturnStats(len(tasks))))
+        if args.planner_episodes:
+            self.nets["tdmpc2"] = (load_tdmpc2(wm, args.checkpoint) if args.checkpoint
+                                   else TDMPC2(wm, SIZES[args.model_size][2], SIZES[args.model_size][4]))
+        self.nets.to(device)
+        self.wm, self.rows = wm, self.rows.to(device)
+        self.heads = self.nets["tdmpc2"] if args.planner_episodes else None
+        self.discount = torch.tensor([task_discount(f.episode_length) for f in self.facts], device=device)
+        self.opts = make_optimizers(self.nets, args.wm_lr, args.policy_lr, args.beta1)
+        self.rng = {k: torch.Generator(device).manual_seed(args.seed + i) for i, k in enumerate(("model", "policy"))}
+        amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
+        parallel = nn.parallel.DistributedDataParallel(wm) if world > 1 else wm
+        self.model_fn, *self.policy_fns = (prepare(f, amp, args.compile) for f in (parallel, actor_loss, critic_loss))
+        self.where = dict(stage=0, step=0, policy_updates=0, seconds=0.0)  # what the next piece of work is
+        self.history = []
+
+    def update_model(self, sampler, progress, rank=0, world=1):
+        """One world-model step; `progress` in [0, 1) is the position in the round, for the learning rate."""
+        args = self.args
+        fall = min(1.0, args.wm_final_lr + 2 * (1 - args.wm_final_lr) * (1 - progress))
+        for group, share in zip(self.opts["model"].param_groups, (0.3, 1.0)):
+            group["lr"] = share * args.wm_lr * fall
+        obs, act, rew, task = sampler.sequences(args.wm_batch, self.rng["model"])
+        part = slice(rank, None, world)  # every rank draws the global batch and keeps its share
+        batch = obs[:, part], act[:, part], rew[:, part], self.rows[task[part]]
+        return update_world_model(self.model_fn, self.wm, self.opts["model"], batch, args.rho, self.heads,
+                                  self.opts.get("prior"), self.discount[task[part]], self.rng["model"])
+
+    def update_policies(self, sampler, progress):
+        """One update of all policies; `progress` in [0, 1) over the whole run sets the learning rate (D11)."""
+        args, rng = self.args, self.rng["policy"]
+        for name in ("actors", "critics"):
+            self.opts[name].param_groups[0]["lr"] = args.policy_lr + (1e-5 - args.policy_lr) * progress
+        obs = sampler.starts(args.policy_batch, rng)  # (N, B, O)
+        N, B = obs.shape[:2]
+        noise = torch.randn(args.horizon, N, B, self.wm.act_mask.shape[1], generator=rng, device=self.device)
+        perm = torch.rand(args.critic_passes, args.horizon * B, generator=rng, device=self.device).argsort(1)
+        return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, self.rows.repeat_interleave(B), args)
+
+    def policy(self, obs, task, eps=None):
+        """What roll-outs call: numpy obs (n, o), task (n,), noise (n, A) or None for the mean -> actions (n, A)."""
+        task = torch.as_tensor(task, device=self.device)
+        eps = None if eps is None else pad(eps, self.wm.act_mask.shape[1], self.device)
+        a = act(self.wm, self.nets["actors"], self.rows, pad(obs, self.wm.obs_dim, self.device), task, eps)
+        return a[:, :max(f.act_dim for f in self.facts)].cpu().numpy()
+
+    def state(self):
+        """Tensors and plain values; `wm`, `tasks` and `act_dims` make the file a loadable world model."""
+        return dict({name: net.state_dict() for name, net in self.nets.items()}, tasks=list(self.wm.tasks),
+                    act_dims=list(self.wm.act_dims), policy_tasks=list(self.tasks), where=self.where,
+                    opts={k: o.state_dict() for k, o in self.opts.items()}, history=self.history,
+                    rng={k: g.get_state() for k, g in self.rng.items()}, args=asdict(self.args))
+
+    def load_state(self, state):
+        for name, net in self.nets.items():
+            net.load_state_dict(state[name])
+        for name, opt in self.opts.items():
+            opt.load_state_dict(state["opts"][name])
+        for name, g in self.rng.items():
+            g.set_state(state["rng"][name].cpu())
+        self.where, self.history = state["where"], state["history"]
+
+    def load_policies(self, path):
+        """Actors, critics and statistics of `tasks` from a run's checkpoint, whatever its order of tasks."""
+        file = torch.load(path, map_location=self.device, weights_only=True)
+        known = file.get("policy_tasks", [])
+        missing = [t for t in self.tasks if t not in known]
+        if missing:
+            raise SystemExit(f"{path} has no policy for {missing[0]}: --eval-only needs runs/<name>/checkpoint.pt of a run "
+                             f"with that task; this file has policies for {', '.join(known) or 'no task'}")
+        pick = torch.tensor([known.index(t) for t in self.tasks])
+        for name, n in (("actors", 1), ("critics", self.nets["critics"].E), ("stats", 1)):
+            self.nets[name].load_state_dict({k: v.unflatten(0, (-1, n))[pick].flatten(0, 1) for k, v in file[name].items()})
+
+    def trial(self):
+        """Seconds of one model and one policy update, measured on copies with made-up data, for the first estimate."""
+        twin = copy.copy(self)
+        nets = copy.deepcopy(nn.ModuleDict({k: v for k, v in self.nets.items() if k != "tdmpc2"}))
+        twin.nets, twin.wm, twin.opts, twin.heads = nets, nets["wm"], make_optimizers(nets), None
+        twin.rng = {k: torch.Generator(self.device) for k in self.rng}
+        twin.model_fn, twin.policy_fns = twin.wm, (actor_loss, critic_loss)
+        a, (N, A) = self.args, self.nets["actors"].act_mask.shape[::2]
+        fake = lambda *shape: torch.rand(*shape, device=self.device)  # noqa: E731
+        sequences = (fake(a.wm_horizon + 1, a.wm_batch, self.wm.obs_dim), fake(a.wm_horizon, a.wm_batch, A),
+                     fake(a.wm_horizon, a.wm_batch), torch.zeros(a.wm_batch, dtype=torch.long, device=self.device))
+        sampler = SimpleNamespace(sequences=lambda *_: sequences, starts=lambda *_: fake(N, a.policy_batch, self.wm.obs_dim))
+        seconds = []
+        for freeze, update in ((False, twin.update_model), (True, twin.update_policies)):
+            twin.wm.requires_grad_(not freeze)
+            start = time.perf_counter()
+            float(next(iter(update(sampler, 0.0).values())))
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+def task_rows(wm, tasks, facts, path):
+    """Rows of the world model's task table for our tasks, (N,) ints. SystemExit: a world model of other tasks."""
+    known = wm.tasks if len(wm.tasks) == len(wm.act_dims) else tasks if len(tasks) == len(wm.act_dims) else ()
+    fits = all(t in known and wm.act_dims[known.index(t)] == f.act_dim and f.obs_dim <= wm.obs_dim
+               for t, f in zip(tasks, facts))
+    if not fits:
+        size = sum(p.numel() for p in wm.parameters()) / 1e6
+        raise SystemExit(f"{path} is a world model ({size:.1f}M parameters, {len(wm.act_dims)} tasks, obs {wm.obs_dim}) that "
+                         f"was not trained on {', '.join(tasks[:3])}{' ..' * (len(tasks) > 3)}: expected --task mt30, mt80 or "
+                         "one of its tasks")
+    return torch.tensor([known.index(t) for t in tasks])
+
+
+def make_optimizers(nets, wm_lr=3e-4, policy_lr=5e-4, beta1=0.7):
+    """{name: Adam}: world model (encoder at 0.3 lr), actors, critics and, with the baseline, its prior."""
+    wm, adam = nets["wm"], functools.partial(torch.optim.Adam, fused=True)
+    rest = [p for name, p in wm.named_parameters() if not name.startswith("encoder")]
+    q = list(nets["tdmpc2"].q.parameters()) if "tdmpc2" in nets else []
+    model = [dict(params=list(wm.encoder.parameters()), lr=0.3 * wm_lr), dict(params=rest + q, lr=wm_lr)]
+    opts = dict(model=adam(model, lr=wm_lr),
+                actors=adam(nets["actors"].parameters(), lr=policy_lr, betas=(beta1, 0.95)),
+                critics=adam(nets["critics"].parameters(), lr=policy_lr, betas=(beta1, 0.95)))
+    if "tdmpc2" in nets:
+        opts["prior"] = adam(nets["tdmpc2"].pi.parameters(), lr=wm_lr, eps=1e-5)
+    return opts
 
 
 def prepare(fn, amp, compiled):
@@ -924,100 +1067,20 @@ def prepare(fn, amp, compiled):
     return torch.compile(run, dynamic=False) if compiled else run
 
 
-def total_steps(progress):
-    """The x-axis of all curves: gradient updates of world model and policies so far."""
-    return progress.done["model"] + progress.done["policy"]
-
-
-def report_steps(progress, what, done, total):
-    progress.line(f"{what}: {done:,}/{total:,} agent steps")
-
-
-def announce(say, args, tasks, nets, own, plan, device_text, folder):
-    """What was chosen and why."""
-    count = sum(p.numel() for p in nets["wm"].parameters())
-    say(f"PWM on {len(tasks)} task{'s' * (len(tasks) > 1)} ({args.task}), seed {args.seed}, {device_text}, "
-        f"{'bfloat16 products' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}")
-    say(f"world model {count:,} parameters; {args.workers} roll-out workers; "
-        + ("own data" if own else f"data from {args.data_dir}"))
+def announce(trainer, own, plan, device_text, folder):
+    """Print what was chosen and why."""
+    a, n = trainer.args, len(trainer.tasks)
+    print(f"PWM on {n} task{'s' * (n > 1)} ({a.task}), seed {a.seed}, {device_text}, "
+          f"{'bfloat16 products' if a.bf16 else 'float32'}, {'compiled' if a.compile else 'eager'}, {a.workers} workers")
+    print(f"world model of {sum(p.numel() for p in trainer.wm.parameters()):,} parameters, "
+          + (f"from {a.checkpoint}" if a.checkpoint else f"--model-size {a.model_size}")
+          + ("" if a.eval_only else ", own data" if own else f", data from {a.data_dir}"))
     if plan:
         sums = {k: sum(n for kind, _, n in plan if kind == k) for k in ("collect", "model", "policy")}
-        say(f"budget: {len({r for _, r, _ in plan})} rounds, {sums['collect']} episodes per task, {sums['model']} world-model "
-            f"updates of {args.wm_batch} sequences, {sums['policy']} policy updates of {len(tasks)} x {args.policy_batch} "
-            f"roll-outs with {args.critic_passes} x {args.critic_batches} critic steps")
-    say(f"run folder {folder}")
-
-
-def load_policies(nets, path, tasks):
-    """Put a checkpoint's actors, critics and statistics for `tasks` into nets (those of the run, in any order)."""
-    file = torch.load(path, map_location="cpu", weights_only=True)
-    if "policy_tasks" not in file:
-        raise SystemExit(f"{path} has a world model but no policies: --eval-only needs runs/<name>/checkpoint.pt")
-    missing = [t for t in tasks if t not in file["policy_tasks"]]
-    if missing:
-        raise SystemExit(f"{path} has no policy for {missing[0]}; it has {', '.join(file['policy_tasks'])}")
-    pick = torch.tensor([file["policy_tasks"].index(t) for t in tasks])
-    for name, n in (("actors", 1), ("critics", nets["critics"].E), ("stats", 1)):
-        state = {k: v.unflatten(0, (-1, n))[pick].flatten(0, 1) for k, v in file[name].items()}
-        nets[name].load_state_dict(state)
-
-
-def task_rows(wm, tasks, facts, path):
-    """Rows of a loaded world model's task table for our tasks, (N,) ints."""
-    size = f"{sum(p.numel() for p in wm.parameters()) / 1e6:.1f}M parameters, {len(wm.act_dims)} tasks, obs {wm.obs_dim}"
-    known = wm.tasks or (tasks if len(wm.act_dims) == len(tasks) else ())
-    missing = [t for t in tasks if t not in known]
-    if missing or max(f.obs_dim for f in facts) > wm.obs_dim or any(
-            wm.act_dims[known.index(t)] != f.act_dim for t, f in zip(tasks, facts)):
-        raise SystemExit(f"{path} ({size}) was not trained on {missing[0] if missing else tasks[0]}: expected a world model "
-                         f"of a suite with {', '.join(tasks[:3])}{' ..' * (len(tasks) > 3)}; try --task mt30, mt80 or one of theirs")
-    return torch.tensor([known.index(t) for t in tasks])
-
-
-def make_optimizers(nets, args):
-    """{name: Adam}: world model (encoder at 0.3 lr), actors, critics and, with the baseline, its prior."""
-    wm, adam = nets["wm"], functools.partial(torch.optim.Adam, fused=True)
-    rest = [p for name, p in wm.named_parameters() if not name.startswith("encoder")]
-    q = list(nets["tdmpc2"].q.parameters()) if "tdmpc2" in nets else []
-    groups = [dict(params=list(wm.encoder.parameters()), lr=0.3 * args.wm_lr), dict(params=rest + q, lr=args.wm_lr)]
-    betas = (args.beta1, 0.95)
-    opts = dict(model=adam(groups, lr=args.wm_lr), actors=adam(nets["actors"].parameters(), lr=args.policy_lr, betas=betas),
-                critics=adam(nets["critics"].parameters(), lr=args.policy_lr, betas=betas))
-    if "tdmpc2" in nets:
-        opts["prior"] = adam(nets["tdmpc2"].pi.parameters(), lr=args.wm_lr, eps=1e-5)
-    return opts
-
-
-def make_plan(args, own, given_model):
-    """[(kind, round, amount)]: collect episodes per task, model and policy updates."""
-    rounds = args.rounds if own else 1
-    model = [0] * rounds if given_model else shares(args.wm_steps, rounds, args.first_model, args.last_model)
-    policy = shares(args.policy_steps, rounds, args.first_policy, args.last_policy)
-    plan = []
-    for r in range(rounds):
-        plan += [("collect", r, args.round_episodes if r else args.seed_episodes)] * own
-        plan += [("model", r, model[r]), ("policy", r, policy[r])]
-    return plan
-
-
-def save_state(run, nets, opts, generators, progress, where, tasks, args, counts, history):
-    """Everything that a resumed run needs, as tensors and plain values; `wm` and `tasks` make it a loadable world model."""
-    state = {name: net.state_dict() for name, net in nets.items()}
-    run.save(dict(state, opts={k: o.state_dict() for k, o in opts.items()}, where=where, args=asdict(args),
-                  generators={k: g.get_state() for k, g in generators.items()}, tasks=list(nets["wm"].tasks),
-                  act_dims=list(nets["wm"].act_dims), policy_tasks=list(tasks), counts=counts, history=history,
-                  progress={k: getattr(progress, k) for k in ("done", "seconds", "measured")}))
-
-
-def restore_state(state, nets, opts, generators, progress):
-    for name, net in nets.items():
-        net.load_state_dict(state[name])
-    for name, opt in opts.items():
-        opt.load_state_dict(state["opts"][name])
-    for name, g in generators.items():
-        g.set_state(state["generators"][name].cpu())
-    for k, v in state["progress"].items():
-        setattr(progress, k, v)
+        print(f"budget: {len({r for _, r, _ in plan})} rounds, {sums['collect']} episodes per task, {sums['model']} model updates "
+              f"({a.wm_batch} x {a.wm_horizon} steps), {sums['policy']} policy updates ({n} x {a.policy_batch} x {a.horizon} "
+              f"imagined steps, {a.critic_passes} x {a.critic_batches} critic steps)")
+    print(f"run folder {folder}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -1043,20 +1106,21 @@ def play(workers, tasks, n, seed, policy, note=None):
                 "success": [float(e["success"]) for e in episodes[k * n:k * n + n]]} for k, t in enumerate(tasks)}
 
 
-def evaluate(workers, nets, rows, tasks, args, greedy, device, note):
-    """Returns {column: {task: {"return", "success"}}} for `random`, `ours` and, if asked for, `planner`, and ms per action."""
-    facts, wm = [task_facts(t) for t in tasks], nets["wm"]
+def evaluate(workers, trainer, note):
+    """Returns {column: {task: {"return", "success"}}} for `random`, `ours` and, if asked for, `planner`; and ms per action."""
+    args, tasks, facts, wm, device = trainer.args, trainer.tasks, trainer.facts, trainer.wm, trainer.device
+    rows, heads, discount = trainer.rows, trainer.heads, trainer.discount
     rng = np.random.default_rng([args.seed, 7])
     A = max(f.act_dim for f in facts)
     columns = dict(random=play(workers, tasks, args.eval_episodes, args.seed,
                                lambda obs, *_: rng.uniform(-1, 1, (len(obs), A)), note),
-                   ours=play(workers, tasks, args.eval_episodes, args.seed, lambda obs, task, *_: greedy(obs, task), note))
+                   ours=play(workers, tasks, args.eval_episodes, args.seed, lambda obs, task, *_: trainer.policy(obs, task), note))
     one = torch.zeros(1, dtype=torch.long, device=device)
     obs = torch.zeros(1, wm.obs_dim, device=device)
-    single = single_actor(nets["actors"], wm)
+    single = single_actor(trainer.nets["actors"], wm)
     latency = dict(ours=milliseconds(lambda: single(wm.encode(obs, rows[one])[None]), device))
     if args.planner_episodes:
-        discount = torch.tensor([task_discount(f.episode_length) for f in facts], device=device)
+        heads.eval()  # no dropout
         gen = torch.Generator(device).manual_seed(args.seed)
         means = torch.zeros(len(tasks) * args.planner_episodes, 3, wm.act_mask.shape[1], device=device)
 
@@ -1064,12 +1128,12 @@ def evaluate(workers, nets, rows, tasks, args, greedy, device, note):
             job, task = torch.as_tensor(job, device=device), torch.as_tensor(task, device=device)
             z = wm.encode(pad(obs, wm.obs_dim, device), rows[task])
             means[job[torch.as_tensor(t, device=device) == 0]] = 0
-            a, mean = plan(wm, nets["tdmpc2"], z, rows[task], means[job], discount[task], gen)
+            a, mean = plan(wm, heads, z, rows[task], means[job], discount[task], gen)
             means[job] = F.pad(mean[:, 1:], (0, 0, 0, 1))
             return a[:, :A].cpu().numpy()
 
         columns["planner"] = play(workers, tasks, args.planner_episodes, args.seed, planner, note)
-        latency["planner"] = milliseconds(lambda: plan(wm, nets["tdmpc2"], wm.encode(obs, rows[one]), rows[one], means[:1],
+        latency["planner"] = milliseconds(lambda: plan(wm, heads, wm.encode(obs, rows[one]), rows[one], means[:1],
                                                        discount[:1], gen), device, 5)
     return columns, latency
 
@@ -1106,8 +1170,9 @@ def points(task, played):
     return [scale * score(task, r, s) for r, s in zip(played["return"], played["success"])]
 
 
-def report(run, args, tasks, columns, latency, seconds, device_text):
+def report(run, trainer, columns, latency, seconds, device_text):
     """Print the final table and write results.json, results.csv and results.png; returns what results.json holds."""
+    args, tasks = trainer.args, trainer.tasks
     raw = {c: {t: points(t, played[t]) for t in tasks} for c, played in columns.items()}
     rows = [{"task": t, **{c: float(np.mean(raw[c][t])) for c in raw},
              "PWM paper": PUBLISHED.get(t, (None, None))[0], "TD-MPC2 paper": PUBLISHED.get(t, (None, None))[1]} for t in tasks]
@@ -1127,7 +1192,7 @@ def report(run, args, tasks, columns, latency, seconds, device_text):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or None
     result = dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit, seed=args.seed,
                   hardware=device_text, seconds=round(seconds, 1), args=asdict(args), summary=summary, table=rows,
-                  episodes=raw, ms_per_action=latency)
+                  episodes=raw, ms_per_action=latency, history=trainer.history)
     write_text(run.dir / "results.json", json.dumps(result, indent=1))
     with open(run.dir / "results.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, ["task", *names], extrasaction="ignore")
@@ -1180,165 +1245,152 @@ def record(run, tasks, greedy, seed):
 
 # ------------------------------------------------------------------------------------------------------------- main
 def main(args: Args):
-    """Run the whole algorithm; returns what results.json holds (None on the other ranks of torchrun)."""
+    """Run everything; returns what results.json holds (None on the other ranks of torchrun)."""
     if args.resume:
         args = read_resume(args)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     device, why = choose_device(args, rank)
     tasks = task_list(args.task)
-    facts = [task_facts(t) for t in tasks]  # unknown names end here
-    args = fill_budget(args, device, len(tasks))
-    check_args(args, world)
-
-    torch.manual_seed(args.seed)
-    published = args.checkpoint and load_world_model(args.checkpoint)
-    wm = published or WorldModel(max(f.obs_dim for f in facts), [f.act_dim for f in facts],
-                                 **model_dims(args.model_size, len(tasks), tasks == MT80))
-    wm.tasks = wm.tasks or tasks
-    rows = task_rows(wm, tasks, facts, args.checkpoint).to(device)
-    nets = nn.ModuleDict(dict(wm=wm, actors=Actors(wm.act_mask[rows.cpu()], wm.latent),
-                              critics=Critics(len(tasks), wm.latent), stats=ReturnStats(len(tasks))))
-    if args.planner_episodes:
-        nets["tdmpc2"] = TDMPC2(wm, SIZES[args.model_size][2], SIZES[args.model_size][4])
-    nets.to(device)
-    if args.eval_only:
-        load_policies(nets, args.checkpoint, tasks)
-    opts = make_optimizers(nets, args)
-    generators = {k: torch.Generator(device).manual_seed(args.seed + i) for i, k in enumerate(("model", "policy"))}
-
-    run = Run(args.task, "pwm", args.seed, asdict(args), args.resume) if rank == 0 else None
-    folder, wait = run and str(run.dir), lambda: None
+    args = fill_budget(args, device, len(tasks), world)
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
-        wait, box = torch.distributed.barrier, [folder]
+    wait = torch.distributed.barrier if world > 1 else lambda: None
+    trainer = Trainer(args, tasks, device, world)
+    if args.eval_only:
+        trainer.load_policies(args.checkpoint)
+
+    run = Run(args.task, "pwm", args.seed, asdict(args), args.resume) if rank == 0 else None
+    box = [run and str(run.dir)]
+    if world > 1:
         torch.distributed.broadcast_object_list(box)
-        folder = box[0]
-    episodes, own = (None, False) if args.eval_only else open_data(args, tasks, folder, rank, wait)
-    plan = [] if args.eval_only else make_plan(args, own, bool(published))
-    units = {kind: sum(n for k, _, n in plan if k == kind) for kind in ("collect", "model", "policy")}
-    progress = Progress({**units, "evaluate": 1}, every=15.0)
-    where = dict(stage=0, step=0, policy_updates=0, seconds=0.0)
-    history = []
+    episodes, own = (None, False) if args.eval_only else open_data(args, tasks, box[0], rank, wait)
+    plan = [] if args.eval_only else make_plan(args, own, bool(args.checkpoint))
+    total = {kind: sum(n for k, _, n in plan if k == kind) for kind in ("collect", "model", "policy")}
+    episode = sum(f.episode_length for f in trainer.facts)  # agent steps of one episode of every task
+    progress = Progress(dict(steps=episode * (total["collect"] + 2 * args.eval_episodes + args.planner_episodes),
+                             model=total["model"], policy=total["policy"]))
+    where = trainer.where
     if args.resume:
-        state = torch.load(Path(folder) / "checkpoint.pt", map_location=device, weights_only=True) if rank else run.load()
-        restore_state(state, nets, opts, generators, progress)
-        where, history = state["where"], state["history"]
+        state = run.load(device=device) if rank == 0 else torch.load(Path(box[0]) / "checkpoint.pt", device, weights_only=True)
+        trainer.load_state(state)
+        where, progress.done = trainer.where, state["done"]
         if own and rank == 0:
             episodes.truncate(state["counts"])
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    device_text = f"{device.type}: {why}"
-    announce(say, args, tasks, nets, own, plan, device_text, folder)
+    if rank == 0:
+        announce(trainer, own, plan, f"{device.type}: {why}", run.dir)
+        progress.guess("steps", 1_000 * args.workers)
+        for kind, seconds in zip(("model", "policy"), trainer.trial() if plan else ()):
+            progress.guess(kind, 1 / seconds)
+    if args.track and rank == 0:
+        import wandb
+        wandb.init(project="pwm", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
 
-    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    parallel = nn.parallel.DistributedDataParallel(wm) if world > 1 else wm
-    model_fn, actor_fn, critic_fn = (prepare(f, amp, args.compile) for f in (parallel, actor_loss, critic_loss))
-    heads = nets["tdmpc2"] if args.planner_episodes else None
-    discount = torch.tensor([task_discount(f.episode_length) for f in facts], device=device)
-    imagined_rows = rows.repeat_interleave(args.policy_batch)
-
-    def policy(obs, task, eps=None):
-        """numpy (n, o), (n,), (n, A) or None -> numpy actions (n, A)"""
-        task = torch.as_tensor(task, device=device)
-        noise = None if eps is None else pad(eps, wm.act_mask.shape[1], device)
-        a = act(wm, nets["actors"], rows, pad(obs, wm.obs_dim, device), task, noise)
-        return a[:, :max(f.act_dim for f in facts)].cpu().numpy()
-
-    stop, start = [], time.time()
+    stop, clock = [], [time.time()]
     signal.signal(signal.SIGINT, lambda *_: stop.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
 
     def save(stage, step):
         where.update(stage=stage, step=step, seconds=where["seconds"] + time.time() - clock[0])
         clock[0] = time.time()
         if rank == 0:
-            save_state(run, nets, opts, generators, progress, where, tasks, args, episodes.counts() if own else {}, history)
+            run.save(dict(trainer.state(), counts=episodes.counts() if own else {}, done=progress.done))
         if stop:
-            raise SystemExit(f"stopped; go on with: python {Path(sys.argv[0]).name} --resume {folder}")
+            raise SystemExit(f"stopped; go on with: python {Path(sys.argv[0]).name} --resume {box[0]}")
 
-    clock, sampler = [start], None
+    def log(numbers):
+        run.log(progress.done["model"] + progress.done["policy"], numbers)
+
+    sampler = None
     with Workers(args.workers) if rank == 0 else contextlib.nullcontext() as workers:
         for stage in range(where["stage"], len(plan)):
             kind, r, n = plan[stage]
-            begun = clock_stage = time.time()
             if kind == "collect":
                 if rank == 0:
-                    note = functools.partial(report_steps, progress, f"round {r}: rolling out")
-                    played = collect(workers, tasks, n, r, args, policy, note)
-                    for k, t in enumerate(tasks):
-                        mine = played[k * n:k * n + n]
-                        episodes.append(t, *([e[x] for e in mine] for x in ("obs", "act", "rew", "term")))
-                    history.append({"round": r, "return": {t: float(np.mean([e["ret"] for e in played[k * n:k * n + n]]))
-                                                           for k, t in enumerate(tasks)}})
-                    ret = history[-1]["return"]
-                    run.log(total_steps(progress), {f"rollout/{t}/return": v for t, v in ret.items()}
-                            | {"charts/episodic_return": float(np.mean(list(ret.values())))})
-                    progress.add(kind, n, time.time() - begun)
-                    progress.line(f"round {r}: {n * len(tasks)} episodes, mean return {np.mean(list(ret.values())):.1f}", True)
+                    roll_out(trainer, workers, episodes, n, r, episode, progress, log)
                 wait()
-                save(stage + 1, 0)
-                sampler, where["step"] = None, 0
-                continue
-            if sampler is None:
-                sampler = episodes.sampler(tasks, args.wm_horizon, device, wm.obs_dim, wm.act_mask.shape[1], args.held_out)
-            wm.requires_grad_(kind == "model")  # frozen during extraction: no weight gradients
-            for step in range(where["step"], n):
-                if kind == "model":
-                    fall = min(1.0, args.wm_final_lr + 2 * (1 - args.wm_final_lr) * (1 - step / n))
-                    for group, share in zip(opts["model"].param_groups, (0.3, 1.0)):
-                        group["lr"] = share * args.wm_lr * fall
-                    obs, a, rew, task = sampler.sequences(args.wm_batch, generators["model"])
-                    part = slice(rank, None, world)  # every rank draws the global batch and keeps its share
-                    batch = obs[:, part], a[:, part], rew[:, part], rows[task[part]]
-                    metrics = update_world_model(model_fn, wm, opts["model"], batch, args.rho, heads, opts.get("prior"),
-                                                 discount[task[part]], generators["model"])
-                elif rank == 0:
-                    obs = sampler.starts(args.policy_batch, generators["policy"])
-                    noise = torch.randn(args.horizon, *obs.shape[:2], wm.act_mask.shape[1], generator=generators["policy"],
-                                        device=device)
-                    perm = torch.rand(args.critic_passes, args.horizon * args.policy_batch, generator=generators["policy"],
-                                      device=device).argsort(1)
-                    for opt in (opts["actors"], opts["critics"]):
-                        opt.param_groups[0]["lr"] = args.policy_lr + (1e-5 - args.policy_lr) * where["policy_updates"] / units["policy"]
-                    metrics = update_policies((actor_fn, critic_fn), nets, opts, obs, noise, perm, imagined_rows, args)
-                    where["policy_updates"] += 1
-                if rank == 0 and (step % 50 == 49 or step == n - 1):
-                    numbers = {f"losses/{kind}/{k}": float(v) for k, v in metrics.items()}
-                    if not np.isfinite(list(numbers.values())).all():
-                        raise SystemExit(f"{kind} update {step} of round {r} is not finite: {numbers}; the last checkpoint is "
-                                         f"in {folder}: try a smaller learning rate or --no-bf16")
-                    progress.add(kind, step + 1 - where["step"] if step < 50 else (step % 50) + 1, time.time() - clock_stage)
-                    clock_stage = time.time()
-                    rate = progress.measured[kind] / max(progress.seconds[kind], 1e-9)
-                    run.log(total_steps(progress), numbers | {"charts/UPS": rate})
-                    shown = ", ".join(f"{k} {float(v):.3g}" for k, v in metrics.items())
-                    progress.line(f"round {r}: {kind} {step + 1}/{n}, {rate:.1f}/s, {shown}", step == n - 1)
-                if stop or time.time() - clock[0] > args.save_every:
-                    save(stage, step + 1)
-            where["step"] = 0
-            if kind == "model" and n and rank == 0:
-                gen = torch.Generator(device).manual_seed(0)
-                with torch.no_grad():
-                    test = episodes.sampler(tasks, args.horizon, device, wm.obs_dim, wm.act_mask.shape[1], args.held_out)
-                    errors = open_loop_error(wm, test.sequences(512, gen, held_out=True), rows, (1, 4, args.horizon))
-                history.append({"round": r, **{k: float(v) for k, v in errors.items()}})
-                run.log(total_steps(progress), {f"eval/{k}": v for k, v in errors.items()})
-                say(f"round {r}: held-out open-loop error " + ", ".join(f"{k} {float(v):.3f}" for k, v in errors.items()))
+                sampler = None
+            elif n and (kind == "model" or rank == 0):
+                if sampler is None:
+                    sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
+                                               trainer.wm.act_mask.shape[1], args.held_out)
+                trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
+                first, began = where["step"], time.time()
+                for step in range(first, n):
+                    if kind == "model":
+                        metrics = trainer.update_model(sampler, step / n, rank, world)
+                    else:
+                        metrics = trainer.update_policies(sampler, where["policy_updates"] / total["policy"])
+                        where["policy_updates"] += 1
+                    if (step + 1) % 50 == 0 or step + 1 == n:
+                        numbers = read_metrics(metrics, kind, world)
+                        if not np.isfinite(list(numbers.values())).all():
+                            raise SystemExit(f"update {step} of {kind}, round {r}, is not finite: {numbers}; the last checkpoint "
+                                             f"is in {box[0]}: try a smaller --wm-lr or --policy-lr, or --no-bf16")
+                        if rank == 0:
+                            progress.add(kind, step + 1 - first, time.time() - began)
+                            first, began = step + 1, time.time()
+                            log({f"losses/{kind}/{k}": v for k, v in numbers.items()} | {"charts/UPS": progress.rate(kind)})
+                            shown = ", ".join(f"{k} {v:.3g}" for k, v in numbers.items())
+                            progress.line(f"round {r}: {kind} {step + 1}/{n}, {progress.rate(kind):.1f}/s, {shown}",
+                                          step + 1 == n)
+                    if stop or time.time() - clock[0] > args.save_every:
+                        progress.add(kind, step + 1 - first, time.time() - began)
+                        first, began = step + 1, time.time()
+                        save(stage, step + 1)
+                if kind == "model" and rank == 0:
+                    test_model(trainer, episodes, r, log)
             save(stage + 1, 0)
+            where["step"] = 0
         if rank:
             return None
-        begun = time.time()
-        note = functools.partial(report_steps, progress, "evaluating")
-        columns, latency = evaluate(workers, nets, rows, tasks, args, policy, device, note)
-    seconds = where["seconds"] + time.time() - clock[0]
-    result = report(run, args, tasks, columns, latency, seconds, device_text)
-    result["history"] = history
-    write_text(run.dir / "results.json", json.dumps(result, indent=1))
-    for t in tasks:
-        run.log(total_steps(progress), {f"eval/{t}/return": float(np.mean(columns["ours"][t]["return"])),
-                                        f"eval/{t}/success": float(np.mean(columns["ours"][t]["success"]))})
+        columns, latency = evaluate(workers, trainer, functools.partial(report_steps, progress, "evaluating"))
+    result = report(run, trainer, columns, latency, where["seconds"] + time.time() - clock[0], f"{device.type}: {why}")
+    log({f"eval/{t}/{k}": float(np.mean(v)) for t in tasks for k, v in columns["ours"][t].items()})
     if args.capture_video:
-        record(run, tasks, policy, args.seed)
+        record(run, tasks, trainer.policy, args.seed)
     run.close()
     return result
+
+
+def read_metrics(metrics, kind, world):
+    """0-d tensors -> floats; under torchrun the model's are averaged over ranks. The only place that waits for a GPU."""
+    values = torch.stack([v.float() for v in metrics.values()])
+    if world > 1 and kind == "model":
+        torch.distributed.all_reduce(values)
+        values /= world
+    return dict(zip(metrics, values.tolist()))
+
+
+def report_steps(progress, what, done, total):
+    progress.line(f"{what}: {done:,}/{total:,} agent steps")
+
+
+def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
+    """The collect stage: play, store, log the mean return of every task."""
+    began, tasks = time.time(), trainer.tasks
+    note = functools.partial(report_steps, progress, f"round {r}: rolling out")
+    played = collect(workers, tasks, n, r, trainer.args, trainer.policy, note)
+    returns = {}
+    for k, t in enumerate(tasks):
+        mine = played[k * n:k * n + n]
+        episodes.append(t, *([e[x] for e in mine] for x in ("obs", "act", "rew", "term")))
+        returns[t] = float(np.mean([e["ret"] for e in mine]))
+    mean = float(np.mean(list(returns.values())))
+    trainer.history.append({"round": r, "seconds": trainer.where["seconds"], "return": returns})
+    log({f"rollout/{t}/return": v for t, v in returns.items()} | {"charts/episodic_return": mean})
+    progress.add("steps", n * episode, time.time() - began)
+    progress.line(f"round {r}: {n} episodes per task, mean return {mean:.1f}", True)
+
+
+def test_model(trainer, episodes, r, log):
+    """Held-out open-loop error after a model stage: a world model is not trusted unseen."""
+    wm, a = trainer.wm, trainer.args
+    test = episodes.sampler(trainer.tasks, a.horizon, trainer.device, wm.obs_dim, wm.act_mask.shape[1], a.held_out)
+    batch = test.sequences(512, torch.Generator(trainer.device).manual_seed(0), held_out=True)
+    errors = {k: float(v) for k, v in open_loop_error(wm, batch, trainer.rows, (1, 4, a.horizon)).items()}
+    trainer.history.append({"round": r, **errors})
+    log({f"eval/{k}": v for k, v in errors.items()})
+    print(f"round {r}: held-out open-loop error (1 = predicting the mean): "
+          + ", ".join(f"{k} {v:.3f}" for k, v in errors.items()), flush=True)
 
 
 if __name__ == "__main__":
