@@ -765,8 +765,8 @@ SIZES = {1: (2, 256, 384, 128, 2, 96), 5: (2, 256, 512, 512, 5, 64), 19: (3, 102
 BUDGETS = {  # what the flags that were left out become, by device and number of tasks
     ("cpu", "one"): dict(model_size=1, rounds=12, seed_episodes=16, round_episodes=4, wm_steps=10_000, wm_batch=64,
                          wm_horizon=4, wm_lr=1e-3, policy_steps=3_000, policy_batch=64, critic_passes=1),
-    ("cpu", "many"): dict(model_size=1, rounds=6, seed_episodes=12, round_episodes=4, wm_steps=16_000, wm_batch=256,
-                          wm_horizon=4, wm_lr=1e-3, policy_steps=3_000, policy_batch=16, critic_passes=1),
+    ("cpu", "many"): dict(model_size=1, rounds=6, seed_episodes=18, round_episodes=8, wm_steps=24_000, wm_batch=256,
+                          wm_horizon=4, wm_lr=1e-3, policy_steps=2_400, policy_batch=16, critic_passes=1),
     ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256,
                           wm_horizon=16, wm_lr=3e-4, policy_steps=20_000, policy_batch=64, critic_passes=8),
     ("cuda", "many"): dict(model_size=48, rounds=6, seed_episodes=40, round_episodes=20, wm_steps=100_000, wm_batch=1024,
