@@ -1,9 +1,25 @@
 """PWM: policy learning with multi-task world models (Georgiev et al., arXiv 2407.02466) in one file.
 
-One world model with task embeddings (TD-MPC2's architecture) is trained on episodes of all tasks. Then it is frozen and
-used as a differentiable simulator: one actor and three critics per task are trained by first-order gradients through
-imagined roll-outs, all tasks at once as stacked tensors. TD-MPC2's policy prior, Q ensemble and MPPI planner live in the
-same file as the baseline (`--planner`).
+A world model with task embeddings (TD-MPC2's architecture) is trained on episodes of all tasks. It is then frozen and used
+as a differentiable simulator: one actor and three critics per task learn by first-order gradients through imagined
+roll-outs, all tasks at once as stacked tensors. Without data, rounds of {roll out, train the model, improve all policies}
+make it. TD-MPC2's policy prior, Q ensemble and MPPI planner are here as the baseline (--planner-episodes).
+
+    python pwm.py --task cartpole-swingup     # 2 CPU cores, no data: see README for minutes and return
+    python pwm.py --task mt30                 # thirty policies and a table beside the paper's
+
+Copy me together with envs.py and data.py. Shapes: N tasks, B batch, H horizon, O obs, A action, L latent, E critics or Qs,
+K = 101 bins; time first: obs (H+1, B, O), act (H, B, A), rew (H, B); stacked networks (N, ..).
+
+Deviations from the paper (the released code's own are not repeated):
+ 1. Loss weights 20 : 0.1 and means, as in the trainer of the published models; Eq. (10) prints 1 : 1 and sums.
+ 2. Critic minibatches are reshuffled in every pass (App. C.2 says uniform; the release takes contiguous quarters).
+ 3. On a CPU the world model trains on 4-step sequences at learning rate 1e-3 instead of 16 and 3e-4 (--wm-horizon,
+    --wm-lr), and everywhere its rate falls in the second half of a round (--wm-final-lr). Imagination keeps H = 16.
+ 4. On a CPU the critics take one pass over the imagined data per update instead of eight (--critic-passes).
+ 5. Actions are masked to the task's own dimensions in imagination too; the release lets policies use untrained inputs.
+ 6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)); start states are drawn from every episode.
+ 7. Own data: half of the roll-outs with current policies are disturbed by short random actions (see `collect`).
 """
 import contextlib
 import copy
@@ -670,10 +686,6 @@ def find_world_model(file, path):
     return weights, parts[2].pop()
 
 
-def load_tdmpc2(wm, path):
-    """x"""
-
-
 def load_world_model(path, device="cpu"):
     """A WorldModel from TD-MPC2's and PWM's published files (three key layouts) or from our own checkpoint.pt.
 
@@ -703,6 +715,40 @@ def load_world_model(path, device="cpu"):
     wm.project_embeddings()
     wm.tasks = tuple(file.get("tasks") or suite or ())
     return wm.to(device)
+
+
+def load_tdmpc2(wm, path):
+    """The TDMPC2 prior and Q ensemble stored beside a world model: TD-MPC2's two Q layouts, or our own checkpoint.
+
+    SystemExit: the file has none (PWM's agents do not), so there is nothing for the planner to use.
+    """
+    file = safe_load(path)
+    if "tdmpc2" in file:
+        heads = TDMPC2(wm, *(file["tdmpc2"]["q.weight.1"].shape[k] for k in (1, 0)))
+        heads.load_state_dict(file["tdmpc2"])
+        return heads
+    file = file.get("model", file)
+    pi = read_layers(file, "_pi")
+    layers = {}  # (layer, field) -> (E, ..); old files number the ten tensors, new ones name them
+    for key, x in file.items():
+        if torch.is_tensor(x) and key.startswith("_Qs.params."):
+            name = key.removeprefix("_Qs.params.")
+            fields = ("weight", "bias", "ln.weight", "ln.bias")
+            layer, field = (int(name) // 4, fields[int(name) % 4]) if name.isdigit() else name.split(".", 1)
+            layers[int(layer), field] = x
+    if not pi or (2, "weight") not in layers:
+        raise SystemExit(f"{path} has no policy prior and Q functions (_pi.*, _Qs.params.*) for TD-MPC2's planner: leave "
+                         "--planner-episodes out, or train them with the world model (no --checkpoint)")
+    heads = TDMPC2(wm, layers[0, "bias"].shape[1], layers[0, "bias"].shape[0])
+    heads.pi.load_state_dict({f"{i}.{field}": x for i, layer in enumerate(pi) for field, x in layer.items()})
+    state = {}
+    for k in range(3):
+        state |= {f"weight.{k}": layers[k, "weight"].transpose(1, 2), f"bias.{k}": layers[k, "bias"][:, None]}
+        if k < 2:
+            state |= {f"gain.{k}": layers[k, "ln.weight"][:, None], f"shift.{k}": layers[k, "ln.bias"][:, None]}
+    heads.q.load_state_dict(state)
+    heads.q_target.load_state_dict(state)  # some published files lack their targets
+    return heads
 
 
 # ------------------------------------------------------------------------------------------------- acting, measuring
@@ -1026,8 +1072,9 @@ class Trainer:
         seconds = []
         for freeze, update in ((False, twin.update_model), (True, twin.update_policies)):
             twin.wm.requires_grad_(not freeze)
-            start = time.perf_counter()
-            float(next(iter(update(sampler, 0.0).values())))
+            for _ in range(2):  # the first call warms up
+                start = time.perf_counter()
+                float(next(iter(update(sampler, 0.0).values())))
             seconds.append(time.perf_counter() - start)
         return seconds
 
