@@ -1,15 +1,15 @@
 """PWM: policy learning with multi-task world models (Georgiev et al., arXiv 2407.02466) in one file.
 
-A world model with task embeddings (TD-MPC2's architecture) is trained on episodes of all tasks. It is then frozen and used
-as a differentiable simulator: one actor and three critics per task learn by first-order gradients through imagined
-roll-outs, all tasks at once as stacked tensors. Without data, rounds of {roll out, train the model, improve all policies}
-make it. TD-MPC2's policy prior, Q ensemble and MPPI planner are here as the baseline (--planner-episodes).
+A world model with task embeddings (TD-MPC2's architecture) is trained on episodes of all tasks. It is then frozen and
+used as a differentiable simulator: one actor and three critics per task learn by first-order gradients through imagined
+roll-outs, all tasks at once as stacked tensors. Without data, rounds of {roll out, train the model, improve all
+policies} make it. TD-MPC2's policy prior, Q ensemble and MPPI planner are here as the baseline (--planner-episodes).
 
     python pwm.py --task cartpole-swingup     # 2 CPU cores, no data: see README for minutes and return
     python pwm.py --task mt30                 # thirty policies and a table beside the paper's
 
-Copy me together with envs.py and data.py. Shapes: N tasks, B batch, H horizon, O obs, A action, L latent, E critics or Qs,
-K = 101 bins; time first: obs (H+1, B, O), act (H, B, A), rew (H, B); stacked networks (N, ..).
+Copy me together with envs.py and data.py. Shapes: N tasks, B batch, H horizon, O obs, A action, L latent, E critics
+or Qs, K = 101 bins; time first: obs (H+1, B, O), act (H, B, A), rew (H, B); stacked networks (N, ..).
 
 Deviations from the paper (the released code's own are not repeated):
  1. Loss weights 20 : 0.1 and means, as in the trainer of the published models; Eq. (10) prints 1 : 1 and sums.
@@ -18,7 +18,7 @@ Deviations from the paper (the released code's own are not repeated):
     --wm-lr), and everywhere its rate falls in the second half of a round (--wm-final-lr). Imagination keeps H = 16.
  4. On a CPU the critics take one pass over the imagined data per update instead of eight (--critic-passes).
  5. Actions are masked to the task's own dimensions in imagination too; the release lets policies use untrained inputs.
- 6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)); start states are drawn from every episode.
+ 6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)); start states come from every episode.
  7. Own data: half of the roll-outs with current policies are disturbed by short random actions (see `collect`).
 """
 import contextlib
@@ -52,7 +52,7 @@ from envs import MT30, MT80, Workers, make_env, score, task_facts
 @dataclass
 class Args:
     task: str = "mt30"
-    """mt30, mt80, one task (cartpole-swingup, mw-reach), a comma list, or a gymnasium id (Pendulum-v1, my_file:MyTask-v0)"""
+    """mt30, mt80, one task (cartpole-swingup, mw-reach), a comma list, or a gymnasium id (my_file:MyTask-v0)"""
     seed: int = 1
     """seeds networks, sampling and environments"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -60,7 +60,7 @@ class Args:
     compile: bool | None = None
     """torch.compile for the losses (default: on for CUDA, off for CPU, where it costs minutes at the start)"""
     bf16: bool = False
-    """bfloat16 matrix products, everything else float32; about 1.3-2x faster on CPUs that have it"""
+    """bfloat16 matrix products, everything else float32; about 1.2x faster on CPUs that have it"""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """environment processes for roll-outs"""
     fast: bool = False
@@ -102,7 +102,7 @@ class Args:
     wm_lr: float | None = None
     """world-model learning rate (Table 1: 3e-4); the encoder's is 0.3 of it: deviation 3"""
     wm_final_lr: float = 0.03
-    """in the second half of each round the world-model rate falls linearly to this share (1: the paper's constant rate)"""
+    """the world-model rate falls linearly to this share in the second half of each round (1: constant, as published)"""
     critic_batches: int = 4
     """minibatches per pass (App. C.2: 4)"""
 
@@ -134,7 +134,7 @@ class Args:
     eval_episodes: int | None = None
     """deterministic episodes per task at the end, and as many of a random policy (default 10)"""
     planner_episodes: int = 0
-    """also train TD-MPC2's prior and Q on the same model and data and evaluate its MPPI planner for this many episodes"""
+    """also train TD-MPC2's prior and Q on the same model and data, and evaluate its planner for so many episodes"""
     save_every: float = 60.0
     """seconds between checkpoints"""
 
@@ -192,8 +192,8 @@ def lambda_return(rew, value, gamma, lam):
 
 
 class FastMish(torch.autograd.Function):
-    """x tanh(softplus(x)) = x (1-s^2)/(1+s^2) with s = sigmoid(-x): PyTorch's CPU kernel calls tanh and log per element
-    and costs as much as the matrix product before it; this form, with its derivative kept, takes a third of the time."""
+    """x tanh(softplus(x)) = x (1-s^2)/(1+s^2) with s = sigmoid(-x): PyTorch's CPU kernel costs as much as the matrix
+    product before it; this form, with its derivative kept for the backward pass, takes a third of the time."""
 
     @staticmethod
     def forward(ctx, x):
@@ -243,7 +243,7 @@ def simnorm(x, V=8):
 
 # --------------------------------------------------------------------------------------------------------- networks
 class NormedLinear(nn.Linear):
-    """Linear -> LayerNorm -> activation, TD-MPC2's block; (.., I) -> (.., J). Matmul in bf16 under autocast, rest fp32."""
+    """Linear -> LayerNorm -> activation, TD-MPC2's block: (.., I) -> (.., J). Autocast makes only the product bf16."""
 
     def __init__(self, i, j, act=mish):
         super().__init__(i, j)
@@ -314,15 +314,15 @@ def init_trunc_normal(m):
 class StackedMLP(nn.Module):
     """n independent MLPs as stacked tensors: x (n, B, I) -> (n, B, J), one baddbmm per layer.
 
-    Blocks are Linear -> Mish -> LayerNorm (PWM's actor and critic) or, with `norm_first`, Linear -> Dropout (first layer
-    only) -> LayerNorm -> Mish (TD-MPC2's Q functions).
+    Blocks are Linear -> Mish -> LayerNorm (PWM's actor and critic) or, with `norm_first`, Linear -> Dropout (first
+    layer only) -> LayerNorm -> Mish (TD-MPC2's Q functions).
     """
 
     def __init__(self, n, widths, init, norm_first=False, dropout=0.0):
         super().__init__()
         self.norm_first, self.dropout = norm_first, dropout
         pairs = list(zip(widths, widths[1:]))
-        layers = [[init(i, j) for _ in range(n)] for i, j in pairs]  # drawn network by network: stacking changes nothing
+        layers = [[init(i, j) for _ in range(n)] for i, j in pairs]
         self.weight = nn.ParameterList(torch.stack([w for w, _ in layer]) for layer in layers)  # (n, I, J)
         self.bias = nn.ParameterList(torch.stack([b for _, b in layer])[:, None] for layer in layers)  # (n, 1, J)
         self.gain = nn.ParameterList(torch.ones(n, 1, j) for _, j in pairs[:-1])
@@ -536,7 +536,7 @@ def update_policies(fns, nets, opts, obs, noise, perm, task, hp):
 
 # ------------------------------------------------------------------------------- TD-MPC2 baseline: prior, Q, planner
 class TDMPC2(nn.Module):
-    """TD-MPC2's policy prior pi([z; e]) and Q ensemble Q_i([z; e; a]) (Hansen et al., arXiv 2310.16828) on a WorldModel."""
+    """TD-MPC2's policy prior pi([z; e]) and Q ensemble Q_i([z; e; a]) on a WorldModel (arXiv 2310.16828)."""
 
     def __init__(self, wm, hidden, num_q):
         super().__init__()
@@ -579,7 +579,7 @@ def init_normal(i, j):
 
 
 def value_loss(heads, z, next_z, act, rew, task, discount, rho, noise, pair):
-    """TD-MPC2's Q loss on the model's roll-out: cross-entropy to r + gamma min_2 Q_target(z', pi(z')), mean over H and E.
+    """TD-MPC2's Q loss on the model's roll-out: cross-entropy to r + gamma min_2 Q_target(z', pi(z')).
 
     z (H, B, L) with gradient, next_z (H, B, L) encoded, discount (B,), noise (H, B, A), pair (2,) ints.
     """
@@ -610,7 +610,7 @@ def task_discount(length):
 @torch.no_grad()
 def plan(wm, heads, z, task, mean, discount, generator, horizon=3, samples=512, priors=24, elites=64,
          iterations=6, temperature=0.5, min_std=0.05, max_std=2.0):
-    """MPPI in latent space (TD-MPC2): z (B, L), task (B,), mean (B, 3, A) of the last step, shifted -> act (B, A), mean.
+    """MPPI in latent space: z (B, L), task (B,), mean (B, 3, A) of the last step, shifted -> act (B, A), mean.
 
     24 action sequences come from the policy prior, the rest from a Gaussian that is refitted to the 64 best, six times.
     """
@@ -652,9 +652,9 @@ def plan(wm, heads, z, task, mean, discount, generator, horizon=3, samples=512, 
 
 # ------------------------------------------------------------------------------------------- published world models
 def read_layers(weights, prefix):
-    """The tensors of one MLP in network order, as [{weight, bias, ln.weight, ln.bias}, ..], whatever the file's indices.
+    """The tensors of one MLP in network order, [{weight, bias, ln.weight, ln.bias}, ..], whatever the file's indices.
 
-    Layouts seen: `0.weight, 0.ln.weight` (TD-MPC2 now, PWM) and a plain Sequential `1.weight` (Linear), `2.weight` (LN).
+    Layouts: `0.weight, 0.ln.weight` (TD-MPC2 now, PWM) and a plain Sequential `1.weight` (Linear), `2.weight` (LN).
     """
     modules = {}
     for key, value in weights.items():
@@ -679,10 +679,11 @@ def find_world_model(file, path):
             break
     weights = {k.replace("_encoder.state.", "_encoder.").removeprefix("_"): v for k, v in file.items()
                if torch.is_tensor(v)} if isinstance(file, dict) else {}
-    parts = [{k.split(".")[0] for k in weights} & names for names in ({"encoder"}, {"dynamics"}, {"reward", "reward_head"})]
+    found = {k.split(".")[0] for k in weights}
+    parts = [found & names for names in ({"encoder"}, {"dynamics"}, {"reward", "reward_head"})]
     if not all(parts):
-        raise SystemExit(f"{path} has no world model: found keys {sorted(weights)[:5]}, expected _encoder.*, _dynamics.* "
-                         "and _reward.* of TD-MPC2 or PWM, or a checkpoint.pt of pwm.py")
+        raise SystemExit(f"{path} has no world model: found keys {sorted(weights)[:5]}, expected _encoder.*, "
+                         "_dynamics.* and _reward.* of TD-MPC2 or PWM, or a checkpoint.pt of pwm.py")
     return weights, parts[2].pop()
 
 
@@ -711,7 +712,8 @@ def load_world_model(path, device="cpu"):
     try:
         wm.load_state_dict(state)
     except RuntimeError as error:
-        raise SystemExit(f"{path} does not fit together as a world model: {' '.join(str(error).split())[:300]}") from None
+        why = " ".join(str(error).split())[:300]
+        raise SystemExit(f"{path} does not fit together as a world model: {why}") from None
     wm.project_embeddings()
     wm.tasks = tuple(file.get("tasks") or suite or ())
     return wm.to(device)
@@ -737,8 +739,8 @@ def load_tdmpc2(wm, path):
             layer, field = (int(name) // 4, fields[int(name) % 4]) if name.isdigit() else name.split(".", 1)
             layers[int(layer), field] = x
     if not pi or (2, "weight") not in layers:
-        raise SystemExit(f"{path} has no policy prior and Q functions (_pi.*, _Qs.params.*) for TD-MPC2's planner: leave "
-                         "--planner-episodes out, or train them with the world model (no --checkpoint)")
+        raise SystemExit(f"{path} has no policy prior and Q functions (_pi.*, _Qs.params.*) for TD-MPC2's planner: "
+                         "leave --planner-episodes out, or train them with the world model (no --checkpoint)")
     heads = TDMPC2(wm, layers[0, "bias"].shape[1], layers[0, "bias"].shape[0])
     heads.pi.load_state_dict({f"{i}.{field}": x for i, layer in enumerate(pi) for field, x in layer.items()})
     state = {}
@@ -754,7 +756,7 @@ def load_tdmpc2(wm, path):
 # ------------------------------------------------------------------------------------------------- acting, measuring
 @torch.no_grad()
 def act(wm, actors, rows, obs, task, eps=None):
-    """Closed-loop actions for a mixed batch: obs (n, O), task (n,) indices of actors, rows (N,) their world-model tasks.
+    """Closed-loop actions for a mixed batch: obs (n, O), task (n,) numbers of actors, rows (N,) their model's tasks.
 
     The batch is laid out as (N, M, ..) with M the most frequent task's count, so that every actor runs once.
     """
@@ -815,8 +817,9 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
                           wm_horizon=4, wm_lr=1e-3, policy_steps=2_400, policy_batch=16, critic_passes=1),
     ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256,
                           wm_horizon=16, wm_lr=3e-4, policy_steps=20_000, policy_batch=64, critic_passes=8),
-    ("cuda", "many"): dict(model_size=48, rounds=6, seed_episodes=40, round_episodes=20, wm_steps=100_000, wm_batch=1024,
-                           wm_horizon=16, wm_lr=3e-4, policy_steps=10_000, policy_batch=64, critic_passes=8),
+    ("cuda", "many"): dict(model_size=48, rounds=6, seed_episodes=40, round_episodes=20, wm_steps=100_000,
+                           wm_batch=1024, wm_horizon=16, wm_lr=3e-4, policy_steps=10_000, policy_batch=64,
+                           critic_passes=8),
     "fast": dict(model_size=1, rounds=2, seed_episodes=4, round_episodes=1, wm_steps=200, wm_batch=64, wm_horizon=4,
                  wm_lr=1e-3, policy_steps=20, policy_batch=8, critic_passes=1, eval_episodes=1)}
 
@@ -841,7 +844,8 @@ def choose_device(args, rank):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type --device cpu")
     if args.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu"), f"{torch.get_num_threads()} threads ({'as asked' if args.device == 'cpu' else 'no GPU'})"
+        reason = "as asked" if args.device == "cpu" else "no GPU"
+        return torch.device("cpu"), f"{torch.get_num_threads()} threads ({reason})"
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32
@@ -868,6 +872,8 @@ def fill_budget(args, device, n_tasks, world):
     if args.workers < 1:
         raise SystemExit(f"--workers {args.workers}: expected at least 1, e.g. --workers {os.cpu_count()}")
     budget = dict(BUDGETS["fast"] if args.fast else BUDGETS[device.type, "many" if n_tasks > 1 else "one"])
+    if args.checkpoint:
+        del budget["model_size"]  # the file says
     budget |= dict(compile=device.type == "cuda") | ({} if args.fast else dict(eval_episodes=10))
     return replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
 
@@ -944,7 +950,7 @@ def collect(workers, tasks, n, r, args, policy, note):
 
 
 class Progress:
-    """Rate and time left over the whole plan; `totals` counts units of each kind: agent steps, model and policy updates."""
+    """Rates and time left over the whole plan; `totals` counts agent steps, model updates and policy updates."""
 
     def __init__(self, totals, every=15.0):
         self.totals, self.every, self.printed = dict(totals), every, time.time()
@@ -981,6 +987,11 @@ class Trainer:
             max(f.obs_dim for f in self.facts), [f.act_dim for f in self.facts],
             **model_dims(args.model_size, len(tasks), tasks == MT80))
         wm.tasks = wm.tasks or tasks
+        if args.checkpoint and args.model_size:
+            asked = model_dims(args.model_size, len(wm.act_dims), len(wm.act_dims) == len(MT80))["latent"]
+            if asked != wm.latent:
+                raise SystemExit(f"{args.checkpoint} has {wm.latent} latents and --model-size {args.model_size} means "
+                                 f"{asked}: leave --model-size out, the file says the sizes")
         self.rows = task_rows(wm, tasks, self.facts, args.checkpoint)  # (N,) rows of the world model's task table
         self.nets = nn.ModuleDict(dict(wm=wm, actors=Actors(wm.act_mask[self.rows], wm.latent),
                                        critics=Critics(len(tasks), wm.latent), stats=ReturnStats(len(tasks))))
@@ -1020,7 +1031,8 @@ class Trainer:
         N, B = obs.shape[:2]
         noise = torch.randn(args.horizon, N, B, self.wm.act_mask.shape[1], generator=rng, device=self.device)
         perm = torch.rand(args.critic_passes, args.horizon * B, generator=rng, device=self.device).argsort(1)
-        return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, self.rows.repeat_interleave(B), args)
+        task = self.rows.repeat_interleave(B)
+        return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, task, args)
 
     def policy(self, obs, task, eps=None):
         """What roll-outs call: numpy obs (n, o), task (n,), noise (n, A) or None for the mean -> actions (n, A)."""
@@ -1051,11 +1063,12 @@ class Trainer:
         known = file.get("policy_tasks", [])
         missing = [t for t in self.tasks if t not in known]
         if missing:
-            raise SystemExit(f"{path} has no policy for {missing[0]}: --eval-only needs runs/<name>/checkpoint.pt of a run "
-                             f"with that task; this file has policies for {', '.join(known) or 'no task'}")
+            raise SystemExit(f"{path} has no policy for {missing[0]}: --eval-only needs runs/<name>/checkpoint.pt of a "
+                             f"run with that task; this file has policies for {', '.join(known) or 'no task'}")
         pick = torch.tensor([known.index(t) for t in self.tasks])
         for name, n in (("actors", 1), ("critics", self.nets["critics"].E), ("stats", 1)):
-            self.nets[name].load_state_dict({k: v.unflatten(0, (-1, n))[pick].flatten(0, 1) for k, v in file[name].items()})
+            picked = {k: v.unflatten(0, (-1, n))[pick].flatten(0, 1) for k, v in file[name].items()}
+            self.nets[name].load_state_dict(picked)
 
     def trial(self):
         """Seconds of one model and one policy update, measured on copies with made-up data, for the first estimate."""
@@ -1068,7 +1081,8 @@ class Trainer:
         fake = lambda *shape: torch.rand(*shape, device=self.device)  # noqa: E731
         sequences = (fake(a.wm_horizon + 1, a.wm_batch, self.wm.obs_dim), fake(a.wm_horizon, a.wm_batch, A),
                      fake(a.wm_horizon, a.wm_batch), torch.zeros(a.wm_batch, dtype=torch.long, device=self.device))
-        sampler = SimpleNamespace(sequences=lambda *_: sequences, starts=lambda *_: fake(N, a.policy_batch, self.wm.obs_dim))
+        starts = fake(N, a.policy_batch, self.wm.obs_dim)
+        sampler = SimpleNamespace(sequences=lambda *_: sequences, starts=lambda *_: starts)
         seconds = []
         for freeze, update in ((False, twin.update_model), (True, twin.update_policies)):
             twin.wm.requires_grad_(not freeze)
@@ -1086,9 +1100,9 @@ def task_rows(wm, tasks, facts, path):
                for t, f in zip(tasks, facts))
     if not fits:
         size = sum(p.numel() for p in wm.parameters()) / 1e6
-        raise SystemExit(f"{path} is a world model ({size:.1f}M parameters, {len(wm.act_dims)} tasks, obs {wm.obs_dim}) that "
-                         f"was not trained on {', '.join(tasks[:3])}{' ..' * (len(tasks) > 3)}: expected --task mt30, mt80 or "
-                         "one of its tasks")
+        names = ", ".join(tasks[:3]) + " .." * (len(tasks) > 3)
+        raise SystemExit(f"{path} is a world model ({size:.1f}M parameters, {len(wm.act_dims)} tasks, obs {wm.obs_dim}) "
+                         f"that was not trained on {names}: expected --task mt30, mt80 or one of its tasks")
     return torch.tensor([known.index(t) for t in tasks])
 
 
@@ -1118,15 +1132,16 @@ def announce(trainer, own, plan, device_text, folder):
     """Print what was chosen and why."""
     a, n = trainer.args, len(trainer.tasks)
     print(f"PWM on {n} task{'s' * (n > 1)} ({a.task}), seed {a.seed}, {device_text}, "
-          f"{'bfloat16 products' if a.bf16 else 'float32'}, {'compiled' if a.compile else 'eager'}, {a.workers} workers")
+          f"{'bfloat16 products' if a.bf16 else 'float32'}, {'compiled' if a.compile else 'eager'}, "
+          f"{a.workers} roll-out workers")
     print(f"world model of {sum(p.numel() for p in trainer.wm.parameters()):,} parameters, "
           + (f"from {a.checkpoint}" if a.checkpoint else f"--model-size {a.model_size}")
           + ("" if a.eval_only else ", own data" if own else f", data from {a.data_dir}"))
     if plan:
         sums = {k: sum(n for kind, _, n in plan if kind == k) for k in ("collect", "model", "policy")}
-        print(f"budget: {len({r for _, r, _ in plan})} rounds, {sums['collect']} episodes per task, {sums['model']} model updates "
-              f"({a.wm_batch} x {a.wm_horizon} steps), {sums['policy']} policy updates ({n} x {a.policy_batch} x {a.horizon} "
-              f"imagined steps, {a.critic_passes} x {a.critic_batches} critic steps)")
+        print(f"budget: {len({r for _, r, _ in plan})} rounds, {sums['collect']} episodes per task, {sums['model']} "
+              f"model updates ({a.wm_batch} x {a.wm_horizon} steps), {sums['policy']} policy updates ({n} x "
+              f"{a.policy_batch} x {a.horizon} imagined steps, {a.critic_passes} x {a.critic_batches} critic steps)")
     print(f"run folder {folder}", flush=True)
 
 
@@ -1135,8 +1150,9 @@ PUBLISHED = {  # final returns on MT30 of PWM and of TD-MPC2 with planning, both
     "walker-stand": (995.4, 989.2), "walker-walk": (985.8, 979.0), "walker-run": (857.8, 617.6),
     "cheetah-run": (414.5, 148.1), "reacher-easy": (991.7, 981.4), "reacher-hard": (988.3, 974.5),
     "acrobot-swingup": (116.4, 9.7), "pendulum-swingup": (869.1, 814.8), "cartpole-balance": (999.7, 990.5),
-    "cartpole-balance-sparse": (1000.0, 1000.0), "cartpole-swingup": (896.6, 0.5), "cartpole-swingup-sparse": (953.4, 0.0),
-    "cup-catch": (471.6, 964.3), "finger-spin": (977.6, 928.2), "finger-turn-easy": (879.7, 983.4),
+    "cartpole-balance-sparse": (1000.0, 1000.0), "cartpole-swingup": (896.6, 0.5),
+    "cartpole-swingup-sparse": (953.4, 0.0), "cup-catch": (471.6, 964.3), "finger-spin": (977.6, 928.2),
+    "finger-turn-easy": (879.7, 983.4),
     "finger-turn-hard": (871.2, 981.1), "fish-swim": (844.4, 487.6), "hopper-stand": (394.7, 493.1),
     "hopper-hop": (162.4, 69.6), "walker-walk-backwards": (977.8, 959.9), "walker-run-backwards": (791.6, 186.7),
     "cheetah-run-backwards": (601.0, 324.6), "cheetah-run-front": (549.4, 122.8), "cheetah-run-back": (825.9, 156.8),
@@ -1154,14 +1170,16 @@ def play(workers, tasks, n, seed, policy, note=None):
 
 
 def evaluate(workers, trainer, note):
-    """Returns {column: {task: {"return", "success"}}} for `random`, `ours` and, if asked for, `planner`; and ms per action."""
+    """Returns {column: {task: {"return", "success"}}} for random, ours and, if asked, planner; and ms per action."""
     args, tasks, facts, wm, device = trainer.args, trainer.tasks, trainer.facts, trainer.wm, trainer.device
     rows, heads, discount = trainer.rows, trainer.heads, trainer.discount
     rng = np.random.default_rng([args.seed, 7])
     A = max(f.act_dim for f in facts)
-    columns = dict(random=play(workers, tasks, args.eval_episodes, args.seed,
-                               lambda obs, *_: rng.uniform(-1, 1, (len(obs), A)), note),
-                   ours=play(workers, tasks, args.eval_episodes, args.seed, lambda obs, task, *_: trainer.policy(obs, task), note))
+    def run(n, policy):
+        return play(workers, tasks, n, args.seed, policy, note)
+
+    columns = dict(random=run(args.eval_episodes, lambda obs, *_: rng.uniform(-1, 1, (len(obs), A))),
+                   ours=run(args.eval_episodes, lambda obs, task, *_: trainer.policy(obs, task)))
     one = torch.zeros(1, dtype=torch.long, device=device)
     obs = torch.zeros(1, wm.obs_dim, device=device)
     single = single_actor(trainer.nets["actors"], wm)
@@ -1179,7 +1197,7 @@ def evaluate(workers, trainer, note):
             means[job] = F.pad(mean[:, 1:], (0, 0, 0, 1))
             return a[:, :A].cpu().numpy()
 
-        columns["planner"] = play(workers, tasks, args.planner_episodes, args.seed, planner, note)
+        columns["planner"] = run(args.planner_episodes, planner)
         latency["planner"] = milliseconds(lambda: plan(wm, heads, wm.encode(obs, rows[one]), rows[one], means[:1],
                                                        discount[:1], gen), device, 5)
     return columns, latency
@@ -1212,7 +1230,7 @@ def single_actor(actors, wm):
 
 
 def points(task, played):
-    """Per-episode results on the table's scale: return for dm_control (0..1000) and gymnasium, 1000 x success for mw-."""
+    """Per-episode results on the table's scale: return for dm_control and gymnasium, 1000 x success for Meta-World."""
     scale = 1.0 if task not in MT80 and score(task, 1.0, 0.0) == 1.0 else 1000.0
     return [scale * score(task, r, s) for r, s in zip(played["return"], played["success"])]
 
@@ -1222,7 +1240,7 @@ def report(run, trainer, columns, latency, seconds, device_text):
     args, tasks = trainer.args, trainer.tasks
     raw = {c: {t: points(t, played[t]) for t in tasks} for c, played in columns.items()}
     rows = [{"task": t, **{c: float(np.mean(raw[c][t])) for c in raw},
-             "PWM paper": PUBLISHED.get(t, (None, None))[0], "TD-MPC2 paper": PUBLISHED.get(t, (None, None))[1]} for t in tasks]
+             **dict(zip(("PWM paper", "TD-MPC2 paper"), PUBLISHED.get(t, (None, None))))} for t in tasks]
     names = [c for c in rows[0] if c != "task" and any(r[c] is not None for r in rows)]
     summary = {c: {"mean": float(np.mean([r[c] for r in rows if r[c] is not None])),
                    "iqm": iqm([r[c] for r in rows if r[c] is not None])} for c in names}
@@ -1231,13 +1249,16 @@ def report(run, trainer, columns, latency, seconds, device_text):
         summary[c]["mean_ci95"] = [low, high]
     width = max(len(t) for t in tasks) + 2
     lines = ["".join([f"{'task':<{width}}", *(f"{c:>15}" for c in names)])]
-    for r in rows + [{"task": stat, **{c: summary[c][stat] for c in names}} for stat in ("mean", "iqm")] * (len(rows) > 1):
-        lines.append("".join([f"{r['task']:<{width}}", *(f"{'-' if r[c] is None else format(r[c], '.1f'):>15}" for c in names)]))
+    stats = [{"task": stat, **{c: summary[c][stat] for c in names}} for stat in ("mean", "iqm")] * (len(rows) > 1)
+    for r in rows + stats:
+        cells = ["-" if r[c] is None else f"{r[c]:.1f}" for c in names]
+        lines.append(f"{r['task']:<{width}}" + "".join(f"{x:>15}" for x in cells))
     print("\n" + "\n".join(lines))
     for c, ms in latency.items():
         print(f"{c}: {ms:.2f} ms per action")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-    result = dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit, seed=args.seed,
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    result = dict(command=command, commit=git.stdout.strip() or None, seed=args.seed,
                   hardware=device_text, seconds=round(seconds, 1), args=asdict(args), summary=summary, table=rows,
                   episodes=raw, ms_per_action=latency, history=trainer.history)
     write_text(run.dir / "results.json", json.dumps(result, indent=1))
@@ -1265,7 +1286,8 @@ def plot(rows, names, path):
     x, width = np.arange(len(rows)), 0.8 / len(names)
     for k, c in enumerate(names):
         ax.bar(x + (k - len(names) / 2 + 0.5) * width, [r[c] or 0 for r in rows], width, label=c)
-    ax.set_xticks(x, [r["task"] for r in rows], rotation=60 if len(rows) > 4 else 0, ha="right" if len(rows) > 4 else "center")
+    tilt = dict(rotation=60, ha="right") if len(rows) > 4 else {}
+    ax.set_xticks(x, [r["task"] for r in rows], **tilt)
     ax.set_ylabel("return (dm_control), 1000 x success (Meta-World)")
     ax.legend(fontsize=8)
     fig.savefig(path, dpi=120)
@@ -1318,7 +1340,8 @@ def main(args: Args):
                              model=total["model"], policy=total["policy"]))
     where = trainer.where
     if args.resume:
-        state = run.load(device=device) if rank == 0 else torch.load(Path(box[0]) / "checkpoint.pt", device, weights_only=True)
+        file = Path(box[0]) / "checkpoint.pt"
+        state = run.load(device=device) if rank == 0 else torch.load(file, device, weights_only=True)
         trainer.load_state(state)
         where, progress.done = trainer.where, state["done"]
         if own and rank == 0:
@@ -1370,12 +1393,13 @@ def main(args: Args):
                     if (step + 1) % 50 == 0 or step + 1 == n:
                         numbers = read_metrics(metrics, kind, world)
                         if not np.isfinite(list(numbers.values())).all():
-                            raise SystemExit(f"update {step} of {kind}, round {r}, is not finite: {numbers}; the last checkpoint "
-                                             f"is in {box[0]}: try a smaller --wm-lr or --policy-lr, or --no-bf16")
+                            raise SystemExit(f"update {step} of {kind}, round {r}, is not finite: {numbers}; the last "
+                                             f"checkpoint is in {box[0]}: try a smaller --wm-lr or --policy-lr")
                         if rank == 0:
                             progress.add(kind, step + 1 - first, time.time() - began)
                             first, began = step + 1, time.time()
-                            log({f"losses/{kind}/{k}": v for k, v in numbers.items()} | {"charts/UPS": progress.rate(kind)})
+                            log({f"losses/{kind}/{k}": v for k, v in numbers.items()}
+                                | {"charts/UPS": progress.rate(kind)})
                             shown = ", ".join(f"{k} {v:.3g}" for k, v in numbers.items())
                             progress.line(f"round {r}: {kind} {step + 1}/{n}, {progress.rate(kind):.1f}/s, {shown}",
                                           step + 1 == n)
@@ -1384,7 +1408,7 @@ def main(args: Args):
                         first, began = step + 1, time.time()
                         save(stage, step + 1)
                 if kind == "model" and rank == 0:
-                    test_model(trainer, episodes, r, log)
+                    check_model(trainer, episodes, r, log)
             save(stage + 1, 0)
             where["step"] = 0
         if rank:
@@ -1399,7 +1423,7 @@ def main(args: Args):
 
 
 def read_metrics(metrics, kind, world):
-    """0-d tensors -> floats; under torchrun the model's are averaged over ranks. The only place that waits for a GPU."""
+    """0-d tensors -> floats, the model's averaged over ranks. The only place in training that waits for a GPU."""
     values = torch.stack([v.float() for v in metrics.values()])
     if world > 1 and kind == "model":
         torch.distributed.all_reduce(values)
@@ -1428,7 +1452,7 @@ def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
     progress.line(f"round {r}: {n} episodes per task, mean return {mean:.1f}", True)
 
 
-def test_model(trainer, episodes, r, log):
+def check_model(trainer, episodes, r, log):
     """Held-out open-loop error after a model stage: a world model is not trusted unseen."""
     wm, a = trainer.wm, trainer.args
     test = episodes.sampler(trainer.tasks, a.horizon, trainer.device, wm.obs_dim, wm.act_mask.shape[1], a.held_out)

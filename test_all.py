@@ -1,4 +1,4 @@
-"""All tests: `python -m pytest -q test_all.py`. They need no data, no GPU and no network; one draws a frame (EGL/OSMesa)."""
+"""All tests: `python -m pytest -q test_all.py`. They need no data, no GPU and no network; one draws (EGL or OSMesa)."""
 import copy
 import dataclasses
 import errno
@@ -50,7 +50,7 @@ def says(*words):
 
 
 def episode(task, n, t, facts):
-    """Values that encode (episode, time, column): obs = 1000 n + row + column/8, act = obs's + 0.5, rew = 1000 n + t."""
+    """Values that encode (episode, time, column): obs = 1000 n + row + column/8, act = obs + 0.5, rew = 1000 n + t."""
     O, A, _ = facts[task]
     base = 1000 * n + np.arange(t + 1)[:, None]
     return (base + np.arange(O) / 8, base[:-1] + .5 + np.arange(A) / 8, 1000. * n + np.arange(t), np.zeros(t, bool))
@@ -319,7 +319,7 @@ def test_slices_stay_inside_episodes_and_are_uniform(tmp_path, resident):
     legal = {(k, n, t) for k, name in enumerate(names) for n, length in enumerate(LENGTHS[name])
              for t in range(length - 5 + 1)}
     assert set(seen) == legal                                # every start up to length-H inclusive, and no other
-    for k, name in enumerate(names):
+    for k in range(len(names)):
         fits = [n for n, length in enumerate(LENGTHS[name]) if length >= 5]
         for n in fits:
             rooms = LENGTHS[name][n] - 5 + 1
@@ -328,7 +328,7 @@ def test_slices_stay_inside_episodes_and_are_uniform(tmp_path, resident):
                 assert abs(seen[k, n, t] - p) < 6 * p ** .5, (k, n, t, seen[k, n, t], p)
     st = s.starts(20_000, g).numpy()
     assert st.shape == (2, 20_000, 7)
-    for k, name in enumerate(names):
+    for k in range(len(names)):
         rows, count = np.unique(st[k, :, 0], return_counts=True)
         assert {(k, int(r) // 1000, int(r) % 1000) for r in rows} == {x for x in legal if x[0] == k}
         for r, c in zip(rows, count):
@@ -381,7 +381,7 @@ def test_no_python_loop_or_sync_over_the_batch(tmp_path, monkeypatch):
     eps = fill(tmp_path, LENGTHS)
     s = eps.sampler(["a-b", "x/y:z"], 3, resident=True)
     for name in ("item", "tolist", "__int__", "__bool__", "numpy", "cpu"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *a: pytest.fail(f"sync in a resident batch: {name}"))
+        monkeypatch.setattr(torch.Tensor, name, lambda *a: pytest.fail("sync in a resident batch"))
     s.sequences(8, gen())
     s.starts(8, gen())
 
@@ -817,7 +817,7 @@ def test_iqm_equals_scipy():
 
 
 def test_bootstrap_is_stratified_and_covers():
-    x = np.tile(np.arange(5.) * 100, (4, 1))                 # tasks differ, runs do not: nothing to redraw within a task
+    x = np.tile(np.arange(5.) * 100, (4, 1))                 # tasks differ, runs do not
     assert bootstrap_ci(x) == (iqm(x),) * 2
     assert bootstrap_ci(np.ones((1, 4)) * np.arange(4)) == (1.5, 1.5)
     rng, hits = np.random.default_rng(0), 0
@@ -1330,7 +1330,7 @@ def test_diverged_simulation_is_named():
 def tiny_world(n=3, size=None, seed=0):
     """A small world model with n tasks of 1..n actions, stacked networks and their optimisers."""
     torch.manual_seed(seed)
-    wm = pwm.WorldModel(7, range(1, n + 1), enc_layers=2, enc_hidden=16, hidden=24, latent=16, task_dim=4 if n > 1 else 0)
+    wm = pwm.WorldModel(7, range(1, n + 1), 2, enc_hidden=16, hidden=24, latent=16, task_dim=4 if n > 1 else 0)
     nn.init.normal_(wm.reward_head[-1].weight, std=0.3)  # a reward that differs between states
     nets = nn.ModuleDict({"wm": wm, "actors": pwm.Actors(wm.act_mask, 16), "critics": pwm.Critics(n, 16),
                           "stats": pwm.ReturnStats(n)})
@@ -1379,7 +1379,7 @@ def test_lambda_return_against_equations_7_and_8():
 
 
 def test_fast_activations_equal_torchs_and_their_gradients():
-    x = torch.cat([torch.randn(64, 16, dtype=torch.float64) * 4, torch.tensor([[-90.0, 90.0] * 8], dtype=torch.float64)])
+    x = torch.cat([torch.randn(64, 16).double() * 4, torch.tensor([[-90.0, 90.0] * 8]).double()])
     assert torch.allclose(pwm.mish(x), F.mish(x), atol=1e-12)
     assert torch.allclose(pwm.simnorm(x), x.view(-1, 2, 8).softmax(-1).view(-1, 16), atol=1e-12)
     x = x[:4].requires_grad_()
@@ -1397,8 +1397,8 @@ def test_initialisation():
     assert abs(heads.q.weight[1].std() - 0.02) < 5e-4  # tdmpc2#72: the ensemble must not be skipped
     z = wm.encode(torch.randn(9, 24), torch.arange(9))
     assert torch.allclose(z.view(9, -1, 8).sum(-1), torch.ones(9, 64), atol=1e-5)
-    assert torch.allclose(heads.q_value(heads.q, z, torch.rand(9, 6), torch.arange(9), torch.tensor([0, 3]), torch.amin),
-                          torch.zeros(9), atol=1e-4)
+    q = heads.q_value(heads.q, z, torch.rand(9, 6), torch.arange(9), torch.tensor([0, 3]), torch.amin)
+    assert torch.allclose(q, torch.zeros(9), atol=1e-4)
 
 
 def test_padded_actions_are_masked_and_get_no_gradient():
@@ -1469,7 +1469,7 @@ def test_all_policies_at_once_equal_one_at_a_time():
         for k, (one, opt) in enumerate(singles):
             pwm.update_policies(fns, one, opt, obs[k:k + 1], noise[:, k:k + 1], perm, torch.full((6,), k), hp)
     assert all((v != start[k]).any() for k, v in nets["actors"].state_dict().items())
-    for name, width in (("actors", 1), ("critics", 3), ("stats", 1)):
+    for name in ("actors", "critics", "stats"):
         for x, v in nets[name].state_dict().items():
             loop = torch.cat([one[name].state_dict()[x] for one, _ in singles])
             error = (v - loop).abs()  # Adam divides by tiny second moments, so one entry in 10^5 may differ more
@@ -1515,7 +1515,8 @@ def test_act_serves_a_mixed_batch_like_single_rows():
         assert torch.allclose(a[i], nets["actors"](z, eps[i].expand(3, 1, -1))[task[i], 0], atol=1e-6)
     one = pwm.single_actor(nets["actors"], nets["wm"])
     z = nets["wm"].encode(obs[1:2], task[1:2])
-    assert torch.allclose(one(z[None])[0, 0], pwm.act(nets["wm"], nets["actors"], rows, obs[1:2], task[1:2])[0], atol=1e-6)
+    mean = pwm.act(nets["wm"], nets["actors"], rows, obs[1:2], task[1:2])
+    assert torch.allclose(one(z[None])[0], mean, atol=1e-6)
 
 
 def test_compiled_losses_were_compiled_and_agree_with_eager():
@@ -1563,7 +1564,8 @@ def test_tdmpc2_value_and_prior_learn():
                                    nets["tdmpc2"], opts["prior"], torch.full((32,), 0.99), g)
     assert all((v != before[k]).any() for k, v in nets["tdmpc2"].state_dict().items() if k != "scale")
     heads, wm = nets["tdmpc2"].eval(), nets["wm"]
-    q = heads.q_value(heads.q, wm.encode(batch[0][0], batch[3]), batch[1][0], batch[3], torch.tensor([0, 1]), torch.mean)
+    z = wm.encode(batch[0][0], batch[3])
+    q = heads.q_value(heads.q, z, batch[1][0], batch[3], torch.tensor([0, 1]), torch.mean)
     assert m["value"] < 3 and q.mean() > 0.5  # a reward of 1 everywhere: values rise from 0
 
 
@@ -1669,8 +1671,9 @@ def last_run(cwd):
 def test_it_learns_a_tiny_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = pwm.main(pwm.Args(**{**TINY, "rounds": 3, "seed_episodes": 20, "wm_steps": 900, "wm_batch": 32,
-                                  "policy_steps": 250, "policy_batch": 16, "horizon": 10, "wm_horizon": 4, "wm_lr": 1e-3,
-                                  "eval_episodes": 5, "first_model": 0.6, "last_model": 0.2, "first_policy": 0.2}))
+                                  "policy_steps": 250, "policy_batch": 16, "horizon": 10, "wm_horizon": 4,
+                                  "wm_lr": 1e-3, "eval_episodes": 5, "first_model": 0.6, "last_model": 0.2,
+                                  "first_policy": 0.2}))
     lines = [json.loads(x) for x in (last_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
     loss = [x["losses/model/loss"] for x in lines if "losses/model/loss" in x]
     assert loss[-1] < 0.5 * loss[0]
@@ -1721,16 +1724,19 @@ def test_two_ranks_reproduce_one_rank(tmp_path):
     episodes = Episodes.create(tmp_path / "data", {TINY["task"]: (2, 1, 40)})
     obs, act = rng.normal(size=(8, 41, 2)).cumsum(1) / 9, rng.uniform(-1, 1, (8, 40, 1))
     episodes.append(TINY["task"], list(obs), list(act), list(np.abs(obs[:, 1:, 0])), list(np.zeros((8, 40), bool)))
-    launchers = dict(one=("python",), two=("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    torchrun = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launchers = dict(one=("python",), two=torchrun)
     runs = []
     for name, launcher in launchers.items():
         (tmp_path / name).mkdir()
-        runs.append(start(tmp_path / name, launcher=launcher, **{**TINY, "policy_steps": 2}, data_dir=tmp_path / "data"))
+        settings = {**TINY, "policy_steps": 2, "data_dir": tmp_path / "data"}
+        runs.append(start(tmp_path / name, launcher=launcher, **settings))
     losses = []
     for name, p in zip(launchers, runs):
         finish(p)
         lines = [json.loads(x) for x in (last_run(tmp_path / name) / "metrics.jsonl").read_text().splitlines()]
-        losses.append([[x[f"losses/model/{k}"] for k in ("loss", "grad_norm")] for x in lines if "losses/model/loss" in x])
+        lines = [x for x in lines if "losses/model/loss" in x]
+        losses.append([[x[f"losses/model/{k}"] for k in ("loss", "grad_norm")] for x in lines])
     assert len(losses[0]) == 2 and np.allclose(losses[0], losses[1], rtol=1e-4), losses
 
 
@@ -1753,16 +1759,18 @@ def test_copied_with_its_two_helpers_it_runs_and_evaluates(tmp_path):
     again = json.loads((last_run(tmp_path) / "results.json").read_text())  # other order of tasks, same policies
     assert again["episodes"]["ours"] == first["episodes"]["ours"]
     wm = pwm.load_world_model(folder / "checkpoint.pt")
-    assert wm.tasks == ("cartpole-swingup", "cup-catch") and wm.encode(torch.zeros(1, 8), torch.tensor([1])).shape == (1, 128)
-    out = run("--task", "cup-catch", "--checkpoint", str(folder / "checkpoint.pt"), "--fast")  # extraction from a given model
-    assert "--checkpoint" not in out and "model 1" not in out
+    assert wm.tasks == ("cartpole-swingup", "cup-catch")
+    assert wm.encode(torch.zeros(1, 8), torch.tensor([1])).shape == (1, 128)
+    out = run("--task", "cup-catch", "--checkpoint", str(folder / "checkpoint.pt"), "--fast")  # from a given model
+    assert "from " + str(folder) in out and "0 model updates" in out and "round 0: model" not in out
 
 
 def test_the_baseline_plans_on_the_same_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = pwm.main(pwm.Args(**{**TINY, "planner_episodes": 1}))
     assert set(result["ms_per_action"]) == {"ours", "planner"} and len(result["episodes"]["planner"][TINY["task"]]) == 1
-    again = pwm.load_tdmpc2(pwm.load_world_model(last_run(tmp_path) / "checkpoint.pt"), last_run(tmp_path) / "checkpoint.pt")
+    file = last_run(tmp_path) / "checkpoint.pt"
+    again = pwm.load_tdmpc2(pwm.load_world_model(file), file)
     assert len(again.q.weight[0]) == 2
 
 
@@ -1777,7 +1785,8 @@ def test_published_q_layouts_load(tmp_path):
     names = [f"{k}.{f}" for k in range(3) for f in ("weight", "bias", "ln.weight", "ln.bias")][:10]
     pi = {f"_pi.{k}": v for k, v in heads.pi.state_dict().items()}
     for i, keys in enumerate((range(10), names)):
-        torch.save({"model": pi | {f"_Qs.params.{k}": x.detach().clone() for k, x in zip(keys, tensors)}}, tmp_path / f"{i}.pt")
+        q = {f"_Qs.params.{k}": x.detach().clone() for k, x in zip(keys, tensors)}
+        torch.save({"model": pi | q}, tmp_path / f"{i}.pt")
         got = pwm.load_tdmpc2(wm, tmp_path / f"{i}.pt")
         z, a, task = torch.rand(4, 128), torch.rand(4, 6), torch.arange(4)
         assert torch.equal(got.eval().q_logits(got.q, z, a, task), heads.eval().q_logits(heads.q, z, a, task))
@@ -1835,7 +1844,7 @@ def test_published_chunks_train_a_model_and_one_policy(tmp_path, monkeypatch):
     chunk["reward"][:, 0] = chunk["action"][:, 0] = float("nan")
     (tmp_path / "mt30").mkdir()
     torch.save(chunk, tmp_path / "mt30" / "chunk_0.pt")
-    result = pwm.main(pwm.Args(**{**TINY, "task": "cup-catch", "data_dir": "mt30", "eval_episodes": 1, "policy_steps": 4}))
+    result = pwm.main(pwm.Args(**{**TINY, "task": "cup-catch", "data_dir": "mt30", "policy_steps": 4}))
     assert result["table"][0]["PWM paper"] == 471.6 and np.isfinite(result["table"][0]["ours"])
 
 
