@@ -439,7 +439,7 @@ def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam):
         stats.update(J)
         flat = z[1:-1].transpose(0, 1).flatten(1, 2)  # (N, (H-1) B, L)
         value = critics(flat).amin(1).view(N, H - 1, B).transpose(0, 1)
-        value = torch.cat([value[:1], value, value_H[None]])  # (H+1, N, B); entry 0 is not read
+        value = torch.cat([value_H[None], value, value_H[None]])  # (H+1, N, B); entry 0 is not read
         target = lambda_return(rew, value, gamma, lam)  # (H, N, B)
     loss = (-J.mean(1) / (stats.var + 1e-5).sqrt()).sum()
     return loss, J.detach().mean(1), z[:-1].detach().transpose(0, 1).flatten(1, 2), target.transpose(0, 1).flatten(1)
@@ -1101,8 +1101,8 @@ def task_rows(wm, tasks, facts, path):
     if not fits:
         size = sum(p.numel() for p in wm.parameters()) / 1e6
         names = ", ".join(tasks[:3]) + " .." * (len(tasks) > 3)
-        raise SystemExit(f"{path} is a world model ({size:.1f}M parameters, {len(wm.act_dims)} tasks, obs {wm.obs_dim}) "
-                         f"that was not trained on {names}: expected --task mt30, mt80 or one of its tasks")
+        raise SystemExit(f"{path} is a world model ({size:.1f}M parameters, {len(wm.act_dims)} tasks, obs "
+                         f"{wm.obs_dim}) not trained on {names}: expected --task mt30, mt80 or one of its tasks")
     return torch.tensor([known.index(t) for t in tasks])
 
 

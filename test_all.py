@@ -1614,7 +1614,7 @@ def test_wrong_checkpoints_say_what_was_expected(tmp_path):
     wm = pwm.WorldModel(24, [6] * 30, **pwm.model_dims(1, 30))
     file = published_files(wm)["now"]
     torch.save(file, tmp_path / "mt30.pt")
-    with pytest.raises(SystemExit, match="was not trained on mw-reach"):
+    with pytest.raises(SystemExit, match="not trained on mw-reach"):
         pwm.main(pwm.Args(task="mw-reach", checkpoint=str(tmp_path / "mt30.pt")))
     file["model"]["_dynamics.1.weight"] = torch.zeros(3, 3)
     torch.save(file, tmp_path / "bad.pt")
@@ -1757,7 +1757,8 @@ def test_copied_with_its_two_helpers_it_runs_and_evaluates(tmp_path):
     assert {p.name for p in folder.iterdir()} >= {"pwm.py", "envs.py", "data.py"}
     run("--task", "cup-catch,cartpole-swingup", "--eval-only", "--checkpoint", str(folder / "checkpoint.pt"), "--fast")
     again = json.loads((last_run(tmp_path) / "results.json").read_text())  # other order of tasks, same policies
-    assert again["episodes"]["ours"] == first["episodes"]["ours"]
+    for t, returns in first["episodes"]["ours"].items():
+        assert np.allclose(returns, again["episodes"]["ours"][t], rtol=1e-3)
     wm = pwm.load_world_model(folder / "checkpoint.pt")
     assert wm.tasks == ("cartpole-swingup", "cup-catch")
     assert wm.encode(torch.zeros(1, 8), torch.tensor([1])).shape == (1, 128)
