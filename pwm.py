@@ -1266,8 +1266,9 @@ def report(run, trainer, columns, latency, seconds, device_text):
         writer = csv.DictWriter(f, ["task", *names], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    plot(rows, names, run.dir / "results.png")
-    print(f"files: {run.dir}/results.json results.csv results.png checkpoint.pt metrics.jsonl")
+    plot(rows, names, trainer.history, seconds, run.dir)
+    kinds = (".json", ".jsonl", ".csv", ".png", ".pt")
+    print(f"files: {run.dir}/", *sorted(p.name for p in run.dir.iterdir() if p.suffix in kinds))
     return result
 
 
@@ -1277,8 +1278,8 @@ def write_text(path, text):
     os.replace(tmp, path)
 
 
-def plot(rows, names, path):
-    """Bars of every column per task."""
+def plot(rows, names, history, seconds, folder):
+    """results.png: bars of every column per task; curve.png: roll-out return of every task against minutes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1286,11 +1287,25 @@ def plot(rows, names, path):
     x, width = np.arange(len(rows)), 0.8 / len(names)
     for k, c in enumerate(names):
         ax.bar(x + (k - len(names) / 2 + 0.5) * width, [r[c] or 0 for r in rows], width, label=c)
-    tilt = dict(rotation=60, ha="right") if len(rows) > 4 else {}
-    ax.set_xticks(x, [r["task"] for r in rows], **tilt)
-    ax.set_ylabel("return (dm_control), 1000 x success (Meta-World)")
+    ax.set_xticks(x, [r["task"] for r in rows], **(dict(rotation=60, ha="right") if len(rows) > 4 else {}))
+    ax.set_ylabel("return, or 1000 x success" if any(r["task"].startswith("mw-") for r in rows) else "return")
+    ax.margins(x=0.01)
+    fig.legend(loc="outside upper center", ncols=len(names), fontsize=8)
+    fig.savefig(folder / "results.png", dpi=120)
+    plt.close(fig)
+    rounds = [h for h in history if "return" in h]
+    if not rounds:
+        return
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    minutes = [h["seconds"] / 60 for h in rounds]
+    for r in rows:
+        (line,) = ax.plot(minutes, [h["return"][r["task"]] for h in rounds], "o-", ms=3, lw=1, alpha=0.6)
+        if not r["task"].startswith("mw-"):
+            ax.plot(seconds / 60, r["ours"], "*", color=line.get_color(), ms=8)
+    ax.plot(minutes, [np.mean(list(h["return"].values())) for h in rounds], "k-", lw=2, label="mean over tasks")
+    ax.set(xlabel="minutes", ylabel="return of stochastic, disturbed roll-outs (star: final, deterministic)")
     ax.legend(fontsize=8)
-    fig.savefig(path, dpi=120)
+    fig.savefig(folder / "curve.png", dpi=120)
     plt.close(fig)
 
 
