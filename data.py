@@ -1,5 +1,4 @@
-"""Episodes on disk, batches of slices, published formats, run folders, statistics.  Copy me beside any
-script.
+"""Episodes on disk, batches of slices, published formats, run folders, statistics.  Copy me beside any script.
 
     episodes = Episodes.create("data/mine", {"pendulum-spin": (3, 1, 500)})   # {task: (obs_dim, act_dim, T)}
     episodes.append("pendulum-spin", obs, act, rew, term)                    # (t+1,O) (t,A) (t,) (t,), t <= T
@@ -35,8 +34,7 @@ SLAB_BYTES = 256 << 20        # how much of a published chunk is in RAM at once 
 # ------------------------------------------------------------------------------------------------------ files
 @contextmanager
 def _full_disk(what):
-    """Turn 'no space left' (or 'over quota') into one sentence; every writer here leaves the old state
-    intact."""
+    """Turn 'no space left' (or 'over quota') into one sentence; every writer here leaves the old state intact."""
     try:
         yield
     except OSError as e:
@@ -54,8 +52,7 @@ def _check_room(folder, need, what):
 
 
 def _write_atomic(path, write):
-    """Call write(file) on a temporary file in the same folder, then rename it: readers see old or new, never
-    half."""
+    """Call write(file) on a temporary file in the same folder, then rename it: readers see old or new, never half."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as f:
@@ -485,8 +482,7 @@ def _plain(x):
 
 
 class _Reader(pickle.Unpickler):
-    """Looks names up in a table of harmless stand-ins; a name that is not in it is refused, never
-    imported."""
+    """Looks names up in a table of harmless stand-ins; a name that is not in it is refused, never imported."""
 
     def __init__(self, file, storage, path):
         super().__init__(file)
@@ -535,15 +531,11 @@ _KNOWN = {"collections.OrderedDict": _Items, "torch.Size": tuple,
 
 
 def safe_load(path, mmap=True):
-    """Nested dict/list/tuple of tensors from a file of torch.save, without executing anything that it
-    contains.
+    """Nested dict/list/tuple of tensors from a file of torch.save, without executing anything that it contains.
 
-    Reads plain containers, state dicts, TensorDicts (both pickle layouts; tensordict is not needed), numpy
-    numbers.
-    mmap: tensors are private copy-on-write views of the file, so that opening 13 GB is instant; False: read
-    all.
-    SystemExit: no such file, no torch zip file, cut short, damaged, or a name that is not known to be
-    harmless."""
+    Reads plain containers, state dicts, TensorDicts (both pickle layouts; tensordict is not needed), numpy numbers.
+    mmap: tensors are private copy-on-write views of the file, so that opening 13 GB is instant; False: read all.
+    SystemExit: no such file, no torch zip file, cut short, damaged, or a name that is not known to be harmless."""
     import mmap as maps
     path, cache = Path(path), {}
     try:
@@ -585,8 +577,7 @@ def safe_load(path, mmap=True):
 
 # ------------------------------------------------------------------------------------- published TD-MPC2 data
 def _chunks(src):
-    """The chunk files in order, opened: [(path, {"obs" (N,R,O), "action" (N,R,A), "reward" (N,R), "task"
-    (N,R)})]."""
+    """The chunk files in order, opened: [(path, {obs (N,R,O), action (N,R,A), reward (N,R), task (N,R)})]."""
     found = {int(p.stem[6:]): p for p in Path(src).glob("chunk_*.pt") if p.stem[6:].isdigit()}
     if not found:
         raise SystemExit(f"no chunk_0.pt, chunk_1.pt, .. in {src}: download mt30 or mt80 of "
@@ -636,15 +627,12 @@ def _slab(path, data, a, b, tasks, facts):
 
 
 def convert_tdmpc2(src, dst, tasks=None, dims=None, progress=True):
-    """Published chunk_*.pt in `src` -> Episodes in `dst`; returns them.  Killed at any moment, the same call
-    goes on.
+    """Published chunk_*.pt in `src` -> Episodes in `dst`; returns them.  Killed at any moment, the same call goes on.
 
-    tasks: names in the order of the ids in the files (default: task-0, task-1, ..; pwm.py passes envs.MT30
-    or MT80).
-    dims: {task: (obs_dim, act_dim)} drops the padding columns after checking that they are zero (default:
-    keep them).
-    RAM: about three times SLAB_BYTES.  SystemExit: missing, cut or inconsistent chunks, NaN/inf, full disk,
-    a `dst` that holds something else; what was converted before stays valid."""
+    tasks: names in the order of the ids in the files (default: task-0, task-1, ..; pwm.py passes MT30 or MT80).
+    dims: {task: (obs_dim, act_dim)} drops the padding columns after checking that they are zero (default: keeps them).
+    RAM: about three times SLAB_BYTES.  SystemExit: missing, cut or inconsistent chunks, NaN/inf, full disk, a `dst`
+    that holds something else; what was converted before stays valid."""
     from tqdm import tqdm
     dst = Path(dst)
     book, journal = dst / "convert.json", None
@@ -709,8 +697,7 @@ def convert_tdmpc2(src, dst, tasks=None, dims=None, progress=True):
 
 # ------------------------------------------------------------------------------------------------- run folder
 def _check_plain(x, where="state"):
-    """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would, before anything is
-    written."""
+    """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would, before anything is written."""
     if type(x) in (dict, OrderedDict):
         return sum(_check_plain(k, f"a key of {where}") + _check_plain(v, f"{where}[{k!r}]")
                    for k, v in x.items())
@@ -831,8 +818,7 @@ def _scores(x):
 
 
 def iqm(x):
-    """Interquartile mean of all entries, float: int(n/4) entries are dropped at either end, the rest is
-    averaged."""
+    """Interquartile mean of all entries, float: int(n/4) entries are dropped at either end, the rest is averaged."""
     x = np.sort(_scores(x), axis=None)
     cut = x.size // 4
     return float(x[cut:x.size - cut].mean())

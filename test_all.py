@@ -16,6 +16,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import gymnasium
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -1755,7 +1756,11 @@ def test_copied_with_its_two_helpers_it_runs_and_evaluates(tmp_path):
     folder = last_run(tmp_path)
     first = json.loads((folder / "results.json").read_text())
     assert {p.name for p in folder.iterdir()} >= {"pwm.py", "envs.py", "data.py"}
-    run("--task", "cup-catch,cartpole-swingup", "--eval-only", "--checkpoint", str(folder / "checkpoint.pt"), "--fast")
+    run("--task", "cup-catch,cartpole-swingup", "--eval-only", "--checkpoint", str(folder / "checkpoint.pt"), "--fast",
+        "--capture-video")
+    for t in ("cup-catch", "cartpole-swingup"):
+        frames = imageio.mimread(last_run(tmp_path) / f"video_{t}.mp4", memtest=False)
+        assert len(frames) == 501 and np.std(frames[0]) > 5 and np.abs(frames[0].astype(int) - frames[400]).max() > 50
     again = json.loads((last_run(tmp_path) / "results.json").read_text())  # other order of tasks, same policies
     for t, returns in first["episodes"]["ours"].items():
         assert np.allclose(returns, again["episodes"]["ours"][t], rtol=1e-3)
