@@ -119,6 +119,8 @@ class Args:
     """actor and critic learning rate (Table 1), falling linearly to 1e-5"""
     beta1: float = 0.7
     """first Adam coefficient of actor and critic (released code; the second is 0.95)"""
+    symexp: bool = False
+    """imagine true rewards; the paper (App. C.1) leaves out the symexp and maximises rewards in log space"""
     first_model: float = 0.25
     """share of the world-model updates in the first round: the latent model needs about 1,500 before it is of use"""
     last_model: float = 0.2
@@ -408,10 +410,10 @@ def world_model_loss(wm, obs, act, rew, task, rho):
     return 20 * consistency + 0.1 * reward, dict(consistency=consistency.detach(), reward=reward.detach()), z, target
 
 
-def imagine(wm, actors, obs, eps, task):
+def imagine(wm, actors, obs, eps, task, pseudo=True):
     """Roll all policies through the model: obs (N, B, O), eps (H, N, B, A), task (N B,).
 
-    Returns z (H+1, N, B, L) and pseudo-rewards (H, N, B). Gradients flow through F and R by state and action; the only
+    Returns z (H+1, N, B, L) and rewards (H, N, B), in log space if `pseudo` (App. C.1). Gradients flow through F and R by state and action; the only
     cut is the actor's input.
     """
     N, B = obs.shape[:2]
@@ -421,16 +423,16 @@ def imagine(wm, actors, obs, eps, task):
         acts.append(actors(z[-1].detach().view(N, B, -1), e).flatten(0, 1))  # (N B, A)
         z.append(wm.next(z[-1], acts[-1], task))
     z = torch.stack(z)
-    rew = two_hot_inv(wm.reward(z[:-1], torch.stack(acts), task), pseudo=True)
+    rew = two_hot_inv(wm.reward(z[:-1], torch.stack(acts), task), pseudo)
     return z.view(len(z), N, B, -1), rew.view(-1, N, B)
 
 
-def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam):
+def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam, pseudo=True):
     """Eq. (6) with returns divided by their running deviation; and the critic's data (z, lambda-returns).
 
     Returns (sum of the tasks' losses, J (N,), z (N, H B, L), targets (N, H B)).
     """
-    z, rew = imagine(wm, actors, obs, eps, task)
+    z, rew = imagine(wm, actors, obs, eps, task, pseudo)
     H, N, B = rew.shape
     discount = gamma ** torch.arange(H, device=z.device)
     value_H = critics(z[-1]).amin(1)  # (N, B), differentiable
@@ -516,7 +518,7 @@ def update_policies(fns, nets, opts, obs, noise, perm, task, hp):
     wm, actors, critics, stats = (nets[k] for k in ("wm", "actors", "critics", "stats"))
     actor_fn, critic_fn = fns
     n = len(obs)
-    loss, J, z, target = actor_fn(wm, actors, critics, stats, obs, noise, task, hp.gamma, hp.lam)
+    loss, J, z, target = actor_fn(wm, actors, critics, stats, obs, noise, task, hp.gamma, hp.lam, not hp.symexp)
     opts["actors"].zero_grad(set_to_none=True)
     loss.backward()
     actor_norm = clip_per_task(list(actors.parameters()), 1.0, n)

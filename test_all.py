@@ -383,8 +383,7 @@ def test_no_python_loop_or_sync_over_the_batch(tmp_path, monkeypatch):
     s = eps.sampler(["a-b", "x/y:z"], 3, resident=True)
     for name in ("item", "tolist", "__int__", "__bool__", "numpy", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a: pytest.fail("sync in a resident batch"))
-    s.sequences(8, gen())
-    s.starts(8, gen())
+    assert s.sequences(8, gen())[0].shape == (4, 8, 5) and s.starts(8, gen()).shape == (2, 8, 5)
 
 
 # ------------------------------------------------------------------------------------------------ published format
@@ -1504,6 +1503,14 @@ def test_actor_gradient_against_finite_differences():
         before = loss(5)[1]
         bias.sub_(0.01 * bias.grad.sign())
         assert loss(5)[1] > before  # descending the loss raises the imagined return
+
+
+def test_imagined_rewards_are_in_log_space_unless_asked():
+    nets, _ = tiny_world()
+    obs, noise, _ = policy_inputs(3)
+    pseudo, true = (pwm.imagine(nets["wm"], nets["actors"], obs, noise, torch.arange(3).repeat_interleave(6), p)[1]
+                    for p in (True, False))
+    assert pseudo.shape == (5, 3, 6) and torch.allclose(pwm.symexp(pseudo), true, atol=1e-5)
 
 
 def test_act_serves_a_mixed_batch_like_single_rows():
