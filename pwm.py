@@ -413,8 +413,8 @@ def world_model_loss(wm, obs, act, rew, task, rho):
 def imagine(wm, actors, obs, eps, task, pseudo=True):
     """Roll all policies through the model: obs (N, B, O), eps (H, N, B, A), task (N B,).
 
-    Returns z (H+1, N, B, L) and rewards (H, N, B), in log space if `pseudo` (App. C.1). Gradients flow through F and R by state and action; the only
-    cut is the actor's input.
+    Returns z (H+1, N, B, L) and rewards (H, N, B), in log space if `pseudo` (App. C.1). Gradients flow through F and R
+    by state and action; the only cut is the actor's input.
     """
     N, B = obs.shape[:2]
     z = [wm.encode(obs.flatten(0, 1), task)]  # (N B, L)
