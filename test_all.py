@@ -1889,4 +1889,4 @@ def test_every_flag_has_a_doc_and_help_reads_it():
     out = subprocess.run([sys.executable, f"{HERE}/pwm.py", "--help"], capture_output=True, text=True).stdout
     for f in dataclasses.fields(pwm.Args):
         assert f"--{f.name.replace('_', '-')}" in out
-    assert "Deviations from the paper" in out
+    assert "Deviations from the paper" in out and "--no-compile" in out
