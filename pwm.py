@@ -1305,7 +1305,7 @@ def plot(rows, names, history, seconds, folder):
         if not r["task"].startswith("mw-"):
             ax.plot(seconds / 60, r["ours"], "*", color=line.get_color(), ms=8)
     ax.plot(minutes, [np.mean(list(h["return"].values())) for h in rounds], "k-", lw=2, label="mean over tasks")
-    ax.set(xlabel="minutes", ylabel="return of stochastic, disturbed roll-outs (star: final, deterministic)")
+    ax.set(xlabel="minutes", ylabel="return of roll-outs (star: final evaluation)")
     ax.legend(fontsize=8)
     fig.savefig(folder / "curve.png", dpi=120)
     plt.close(fig)
