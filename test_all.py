@@ -320,7 +320,7 @@ def test_slices_stay_inside_episodes_and_are_uniform(tmp_path, resident):
     legal = {(k, n, t) for k, name in enumerate(names) for n, length in enumerate(LENGTHS[name])
              for t in range(length - 5 + 1)}
     assert set(seen) == legal                                # every start up to length-H inclusive, and no other
-    for k in range(len(names)):
+    for k, name in enumerate(names):
         fits = [n for n, length in enumerate(LENGTHS[name]) if length >= 5]
         for n in fits:
             rooms = LENGTHS[name][n] - 5 + 1
