@@ -803,7 +803,8 @@ def open_loop_error(wm, batch, rows, horizons=(1, 4, 16)):
         if h in horizons:
             out[f"latent_nmse_{h}"] = (z - true[h]).square().sum() / centred(true[h]).square().sum()
             real = rew[h - 1]
-            out[f"reward_nmse_{h}"] = (r - real).square().sum() / centred(real[:, None]).square().sum().clamp(min=1e-6)
+            spread = centred(real[:, None]).square().sum().clamp(min=1e-4 * len(real))  # sparse: maybe all 0
+            out[f"reward_nmse_{h}"] = (r - real).square().sum() / spread
     return out
 
 

@@ -1513,6 +1513,26 @@ def test_imagined_rewards_are_in_log_space_unless_asked():
     assert pseudo.shape == (5, 3, 6) and torch.allclose(pwm.symexp(pseudo), true, atol=1e-5)
 
 
+def test_open_loop_error_is_zero_for_a_perfect_model_and_one_for_the_mean():
+    nets, _ = tiny_world(2)
+    wm, task = nets["wm"], torch.arange(2).repeat(200)
+    obs, act = torch.randn(3, 400, 7), torch.rand(2, 400, 2)
+    z = [wm.encode(obs[0], task)]
+    rew = []
+    for a in act:
+        rew.append(pwm.two_hot_inv(wm.reward(z[-1], a, task)))
+        z.append(wm.next(z[-1], a, task))
+    encode = wm.encode
+    wm.encode = lambda o, t: torch.stack(z) if o.ndim == 3 else z[0]  # observations that the model predicts exactly
+    exact = pwm.open_loop_error(wm, (obs, act, torch.stack(rew), task), torch.arange(2), (1, 2))
+    assert all(v < 1e-6 for v in exact.values()), exact
+    wm.encode = encode
+    means = torch.stack([torch.stack([r[task == k].mean() for k in range(2)])[task] for r in rew])
+    wm.reward = lambda z, a, t: (pwm.two_hot(means[0]) + 1e-12).log()
+    mean = pwm.open_loop_error(wm, (obs, act, torch.stack(rew), task), torch.arange(2), (1,))
+    assert abs(mean["reward_nmse_1"] - 1) < 0.02
+
+
 def test_act_serves_a_mixed_batch_like_single_rows():
     nets, _ = tiny_world()
     task, obs, eps = torch.tensor([2, 0, 2, 2, 1, 0]), torch.randn(6, 7), torch.randn(6, 3)
