@@ -58,9 +58,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto takes the GPU when there is one"""
     compile: bool = field(default_factory=torch.cuda.is_available)
-    """torch.compile for the losses: by default with a GPU; on a CPU it costs two minutes at the start"""
+    """torch.compile for the losses: by default with a GPU; on a CPU it costs minutes at the start (an estimate)"""
     bf16: bool = False
-    """bfloat16 matrix products, everything else float32; about 1.2x faster on CPUs that have it"""
+    """bfloat16 matrix products, everything else float32; 1.05-1.35x faster on a CPU that has it"""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """environment processes for roll-outs"""
     fast: bool = False
@@ -122,7 +122,7 @@ class Args:
     symexp: bool = False
     """imagine true rewards; the paper (App. C.1) leaves out the symexp and maximises rewards in log space"""
     first_model: float = 0.25
-    """share of the world-model updates in the first round: the latent model needs about 1,500 before it is of use"""
+    """share of the world-model updates in the first round, where the latent model starts from nothing"""
     last_model: float = 0.2
     """share of the world-model updates in the last round"""
     first_policy: float = 0.04
