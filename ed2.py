@@ -1,12 +1,12 @@
 """ED2: environment dynamics decomposition for world models in one file.
 
-The idea (Hao et al., "ED2: Environment Dynamics Decomposition World Models for Continuous Control", arXiv 2112.02817, revisited
-for DreamerV3 and TD-MPC2 in "Explorations in Dynamics Decomposition for Multi-Task RL", Giridhar et al.): a robot's
-actions fall into groups that move different things. SD2 finds such groups {G_1 .. G_k} by correlating actions with
-state changes, and D2P predicts with one small model per group, s' = (1/k) sum_i f_i(s, a_Gi), every f_i reading the
-whole state. Here both run on two world models, next to all controls that a fair verdict needs.
+The idea ("ED2: Environment Dynamics Decomposition World Models for Continuous Control", arXiv 2112.02817; revisited on
+DreamerV3 and TD-MPC2 by Giridhar et al., "Explorations in Dynamics Decomposition for Multi-Task RL"): a robot's actions
+fall into groups that move different things. SD2 finds such groups {G_1 .. G_k} by correlating actions with state
+changes, and D2P predicts with one small model per group, s' = (1/k) sum_i f_i(s, a_Gi), every f_i reading the whole
+state. Here both run on two world models, next to all controls that a fair verdict needs.
 
-    python ed2.py --task walker-walk                      # TD-MPC2: baseline and ED2, paired seeds: see README for minutes
+    python ed2.py --task walker-walk                      # TD-MPC2: baseline and ED2 (minutes and numbers: README)
     python ed2.py --task walker-walk --wm dreamerv3       # the same on a recurrent model
     python ed2.py --tables                                # five tasks, both models, all controls, verdicts
     python ed2.py --mode online --task cartpole-swingup   # a DreamerV3 agent that learns to act
@@ -116,7 +116,7 @@ class Args:
     data_steps: int | None = None
     """agent steps of own replay data, beside 20,000 random ones"""
     train_ratio: int = 128
-    """online: steps trained per agent step played (DreamerV3: 512 or 1024); updates = ratio x steps / (batch x length)"""
+    """online: steps trained on per agent step played (DreamerV3: 512 or 1024); --updates then sets the agent steps"""
 
 
 # ------------------------------------------------------------------------------------------------------------ maths
@@ -136,7 +136,7 @@ def symexp(x):
     return x.sign() * x.abs().expm1()
 
 
-# ------------------------------------------------------------------------------------------- SD2: sub-dynamics discovery
+# ------------------------------------------------------------------------------------------ SD2: sub-dynamics discovery
 # Groups published by the ED2 authors for dm_control, actuator numbers in file order.
 PUBLISHED = {"walker": [[0, 1, 3, 4], [2], [5]], "cheetah": [[0, 1], [2], [3, 4], [5]], "hopper": [[0, 1], [2], [3]],
              "reacher": [[0], [1]], "finger": [[0], [1]],
@@ -152,8 +152,8 @@ def pearson_features(act, delta):
     """
     act, delta = np.asarray(act, np.float64), np.asarray(delta, np.float64)
     if len(act) != len(delta) or len(act) < 2 or not (np.isfinite(act).all() and np.isfinite(delta).all()):
-        raise SystemExit(f"discover got actions {act.shape} and state changes {delta.shape}: expected the same number of "
-                         "rows, at least 2, all finite")
+        raise SystemExit(f"discover got actions {act.shape} and state changes {delta.shape}: expected as many rows of "
+                         "both, at least 2, all finite")
     delta = delta[:, delta.std(0) > 1e-8]  # constant dimensions would be 0/0
     a_std = act.std(0)
     act = (act - act.mean(0)) / np.where(a_std > 1e-8, a_std, np.inf)
@@ -171,7 +171,7 @@ def cosine(features):
 
 
 def relatedness(sim, P, Q):
-    """How much more alike P and Q are than P and Q are to everything else, own members included (both code releases)."""
+    """How much more alike P and Q are than either is to everything but the other, its own members included."""
     everything = set(range(len(sim)))
 
     def total(X, Y):
@@ -242,11 +242,13 @@ def random_partition(groups, seed):
     return [sorted(order.pop() for _ in g) for g in groups]
 
 
-# -------------------------------------------------------------------- sd2j and learned: groups from a trained model itself
+# ------------------------------------------------------------------------ sd2j and learned: groups from a trained model
 @torch.no_grad()
 def influence(predict, s, act, generator):
-    """I (A, n): mean change of each output when one action is permuted over the batch; breaks the correlation of actions
-    with states that misleads Pearson on replay. predict(s, act) -> (B, n)."""
+    """I (A, n): mean change of each output of predict(s, act) -> (B, n) when one action is permuted over the batch.
+
+    That breaks the correlation of actions with states, which misleads Pearson on replay.
+    """
     base, rows = predict(s, act), []
     for j in range(act.shape[1]):
         mixed = act.clone()
@@ -311,7 +313,7 @@ def fit_influence(s, act, delta, simnorm, seed, steps=1500, batch=256, eta=0.0, 
     return agglomerate(cosine(influence(model, s[rows], act[rows], generator).double().numpy()), eta)
 
 
-# ------------------------------------------------------------------------------------- D2P on TD-MPC2: decomposed dynamics
+# ---------------------------------------------------------------------------------- D2P on TD-MPC2: decomposed dynamics
 class NormedLinear(nn.Linear):
     """Linear -> LayerNorm -> activation, TD-MPC2's block: (.., I) -> (.., J)."""
 
@@ -329,7 +331,7 @@ def simnorm(x, V=8):
 
 
 class Stack(nn.Module):
-    """k Linear layers as one weight (k, I, J), each followed by its own LayerNorm and Mish if `norm`: (k, B, I) -> (k, B, J)."""
+    """k Linear layers as one weight (k, I, J), with `norm` each with its LayerNorm and Mish: (k, B, I) -> (k, B, J)."""
 
     def __init__(self, k, i, j, norm=True):
         super().__init__()
@@ -400,8 +402,8 @@ def match_width(count, target, step=8):
     """The multiple of `step` whose count(width) is closest to `target`. SystemExit if that is more than 5 % off."""
     width = min(range(step, 4097, step), key=lambda w: abs(count(w) - target))
     if abs(count(width) / target - 1) > 0.05:
-        raise SystemExit(f"no width gives {target:,} parameters within 5 % (width {width} has {count(width):,}): use a larger "
-                         "--size or --match none")
+        raise SystemExit(f"no width gives {target:,} parameters within 5 % (width {width} has {count(width):,}): use a "
+                         "larger --size or --match none")
     return width
 
 
@@ -1172,17 +1174,20 @@ def learn_online(agent, episodes, workers, task, steps, per_round=4, batch=16, l
 
 # -------------------------------------------------------------------------------------------------------------- data
 def make_data(task, folder, steps, workers, data_dir=None):
-    """Episodes for a task: (random, replay, notes). `folder`/random: 20,000 agent steps of uniform actions, what SD2 reads;
-    `folder`/replay: an evolving linear policy (augmented random search, Mania et al. 2018) from useless to better, or
-    `data_dir`. Seeds are fixed: every variant and training seed sees the same data and the same held-out episodes.
+    """Episodes for a task: (random, replay, notes).
+
+    `folder`/random: 20,000 agent steps of uniform actions, what SD2 reads. `folder`/replay: an evolving linear policy
+    (augmented random search, Mania et al. 2018) from useless to better; or the episodes in `data_dir`. Seeds are fixed:
+    every variant and training seed sees the same data and the same held-out episodes. SystemExit: data that does not
+    fit the task, or ends early.
     """
     O, A, T, _ = task_facts(task)
     facts, folder = {task: (O, A, T)}, Path(folder)
     if data_dir:
         replay = Episodes.open(data_dir, [task])
         if replay.facts[task] != (O, A, T):
-            raise SystemExit(f"{data_dir} holds {task} with (obs, act, steps) = {replay.facts[task]}, the task has {(O, A, T)}: "
-                             "made with another action repeat or version? expected the same as envs.make_env's")
+            raise SystemExit(f"{data_dir} holds {task} with (obs, act, steps) = {replay.facts[task]}, the task has "
+                             f"{(O, A, T)}: expected episodes of envs.make_env, with its action repeat")
     done = folder / "data.json"
     if not done.exists():
         random = Episodes.create(folder / "random", facts)
@@ -1267,12 +1272,12 @@ def sampler_of(replay, task, steps, device):
     """Slices of `steps` with every tenth episode held out. SystemExit: episodes shorter than that, or too few."""
     counts, T = replay.counts()[task], replay.facts[task][2]
     if T < steps or counts < 4:
-        raise SystemExit(f"replay of {task} has {counts} episodes of {T} steps: expected at least 4 episodes of {steps} steps; "
-                         "more --data-steps, or a shorter --length")
+        raise SystemExit(f"replay of {task} has {counts} episodes of {T} steps: expected at least 4 of {steps} "
+                         "steps; more --data-steps, or a shorter --length")
     return replay.sampler([task], steps, device, held_out=0.1)
 
 
-# ----------------------------------------------------------------------------------------------- one training = one cell
+# ---------------------------------------------------------------------------------------------- one training = one cell
 VARIANTS = {"single": "one model", "ed2": "ED2, equal parameters", "random": "random groups, equal parameters",
             "nosplit": "k models that see all actions, equal parameters", "ed2_wide": "ED2, full width",
             "single_wide": "one model as large as ED2 of full width"}
@@ -1301,8 +1306,10 @@ def compiler(enabled):
 
 
 def run_cell(cell, args, root, data_dir):
-    """Train and test one model: cell = {wm, task, regime, variant, groups, seed}. Returns its numbers and writes them to
-    root/cells; a cell that is there is not run again, so that a killed run continues."""
+    """Train and test one model, cell = {wm, task, regime, variant, groups, seed}: returns its numbers.
+
+    They are also written to root/cells; a cell that is there is not run again, so that a killed run continues.
+    """
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
     file = Path(root) / "cells" / f"{cell_name(cell)}.json"
     if file.exists():
@@ -1473,7 +1480,7 @@ def relative_change(new, old):
 
 
 def verdict(mean, low, high, better_than_controls=True):
-    """win: the whole interval is below zero and no control is as good; loss: all above; tie: across zero or under 5 %."""
+    """win: the interval is below zero and no control is as good; loss: above zero; tie: across zero or under 5 %."""
     if math.isnan(low) or low <= 0 <= high or abs(mean) < 0.05:
         return "tie"
     return "loss" if mean > 0 else "win" if better_than_controls else "tie"
@@ -1495,15 +1502,18 @@ SEED_METRIC = {"tdmpc2": "logged", "dreamerv3": "dyn"}  # what the paper's table
 def compare(args, run):
     """Baseline and ED2 on one task with paired seeds: table, results.json/csv, error against horizon, partition."""
     A = task_facts(args.task)[1]
-    random, replay, notes = make_data(args.task, run.dir / "data" / args.task, args.data_steps, args.workers, args.data_dir)
-    print(f"data: random actions return {notes['random_return']:.1f}" + (
-        f"; {len(notes['returns'])} rounds of search, mean return {notes['returns'][0][0]:.1f} to {notes['returns'][-1][0]:.1f}"
-        if "returns" in notes else f"; replay from {args.data_dir}"), flush=True)
+    folder = run.dir / "data" / args.task
+    random, _, notes = make_data(args.task, folder, args.data_steps, args.workers, args.data_dir)
+    search_ = [mean for mean, _ in notes.get("returns", [])]
+    print(f"data: random actions return {notes['random_return']:.1f}; " + (
+        f"{len(search_)} rounds of search, mean return {search_[0]:.1f} to {search_[-1]:.1f}" if search_ else
+        f"replay from {args.data_dir}"), flush=True)
     groups, log = find_partition(args.partition, args.task, random, eta=args.eta)
     groups = check_partition(groups, A)
     print(f"partition {args.partition}: {groups}")
     for merge in log:
-        print(f"  {'merge' if merge['done'] else 'leave'} {merge['merge'][0]} + {merge['merge'][1]}: {merge['score']:+.4f}")
+        pair = " + ".join(map(str, merge["merge"]))
+        print(f"  {'merge' if merge['done'] else 'leave'} {pair}: {merge['score']:+.4f}")
     known = PUBLISHED.get(args.task.split("-")[0])
     if known and args.partition != "published":
         print(f"  published: {known}, adjusted Rand index {adjusted_rand(groups, known):.2f}")
@@ -1514,11 +1524,12 @@ def compare(args, run):
     seeds = range(args.seed, args.seed + args.seeds)
     first = [("joint", "single")] if args.wm == "tdmpc2" else []
     kinds = dict.fromkeys(first + [(regime, v) for v in names])
-    cells = [dict(wm=args.wm, task=args.task, regime=r, variant=v, groups=groups, seed=s) for s in seeds for r, v in kinds]
-    done = run_cells(cells, args, run.dir, args.data_dir)
-    by = {v: sorted((c for c in done if (c["regime"], c["variant"]) == (regime, v)), key=lambda c: c["seed"]) for v in names}
-    metrics = [k for k in by["single"][0] if k.split("_")[0] in ("logged", "per", "fast", "mse", "latent", "state", "dyn", "rec",
-                                                                 "post", "nmse") and k != "dynamics_params"]
+    cells = [dict(wm=args.wm, task=args.task, regime=r, variant=v, groups=groups, seed=s)
+             for s in seeds for r, v in kinds]
+    done = sorted(run_cells(cells, args, run.dir, args.data_dir), key=lambda c: c["seed"])
+    by = {v: [c for c in done if (c["regime"], c["variant"]) == (regime, v)] for v in names}
+    told = {*cells[0], "width", "dynamics_params", "trained_on", "updates", "seconds"}
+    metrics = [k for k in by["single"][0] if k not in told and not k.startswith(("persistence", "linear"))]
     print(f"\n{args.task}, {args.wm}, {regime}, {args.seeds} seed{'s' * (args.seeds > 1)}, held-out data"
           f"\n{'':<18}{'single':>12}" + (f"{'ED2':>12}{'change':>9}   95 % interval" if len(names) > 1 else ""))
     rows = []
@@ -1559,7 +1570,8 @@ def tables(args, run, tasks=TASKS):
         print(f"{task}: data ready", flush=True)
     for wm in ("tdmpc2", "dreamerv3"):
         part = fill_budget(replace(args, wm=wm), "tables")
-        print(f"{wm}: {part.updates} updates of {part.batch} x {part.length} steps, size {part.size}, learning rate {part.lr}")
+        print(f"{wm}: {part.updates} updates of {part.batch} x {part.length} steps, size {part.size}, "
+              f"learning rate {part.lr}")
         kinds = [("joint", "single"), ("joint", "ed2_wide")] if wm == "tdmpc2" else []
         kinds += [("frozen" if wm == "tdmpc2" else "replay", v) for v in VARIANTS]
         cells = [dict(wm=wm, task=t, regime=r, variant=v, groups=PUBLISHED[t.split("-")[0]], seed=s)
@@ -1571,8 +1583,8 @@ def tables(args, run, tasks=TASKS):
     gap, low, high, _ = relative_change(1 + change["dreamerv3"], 1 + change["tdmpc2"])
     result["recurrent_minus_mlp"] = dict(mean=gap, low=low, high=high)
     says = "supported" if high < 0 else "refuted" if low > 0 else "undecided"
-    print(f"\nDo recurrent backbones profit more than MLPs? error ratio of ED2, recurrent over MLP, minus 1: {gap:+.1%} "
-          f"[{low:+.1%}, {high:+.1%}] over {len(tasks)} tasks: {says}")
+    print(f"\nDo recurrent backbones profit more than MLPs? Error ratio of ED2, recurrent over MLP, minus 1: "
+          f"{gap:+.1%} [{low:+.1%}, {high:+.1%}] over {len(tasks)} tasks: {says}")
     plot_changes(result, run.dir / "tables.png")
     return result
 
@@ -1599,27 +1611,28 @@ def summarise(wm, cells, tasks):
         wide = relative_change(values(task, "ed2_wide", metric, regime), values(task, "single_wide", metric, regime))
         controls = all(np.mean(ed2) < row[f"{metric} {v}"] for v in ("random", "nosplit"))
         row |= {"change": r, "low": low, "high": high, "p": p, "beats controls": controls,
-                "verdict": verdict(r, low, high, controls), "wide change": wide[0], "wide low": wide[1], "wide high": wide[2]}
+                "verdict": verdict(r, low, high, controls)}
+        row |= dict(zip(("wide change", "wide low", "wide high"), wide))
         rows.append({k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()})
     for row, p in zip(rows, holm([r["p"] for r in rows])):
         row["p Holm"] = p
     lower = sum(r[f"{old} ED2"] < r[f"{old} single"] for r in rows)
     wins = sum(r["verdict"] == "win" for r in rows)
-    print(f"\n{wm}: {metric} on held-out data, mean over seeds; change of ED2 at equal parameters against the single model")
+    print(f"\n{wm}: {metric} on held-out data, mean over seeds; change of ED2 at equal parameters against one model")
     print(f"{'task':<15}{'paper':>8}{'+ ED2':>8} |{old + ':':>8}{'single':>10}{'ED2 wide':>10} |" + "".join(
         f"{v:>12}" for v in VARIANTS) + f"{'change':>9}   95 % interval     verdict   wide: ED2 / single")
     for r in rows:
         print(f"{r['task']:<15}{r['paper'] or '-':>8}{r['paper ED2'] or '-':>8} |{r[f'{old} single']:>18.3g}"
               f"{r[f'{old} ED2']:>10.3g} |" + "".join(f"{r[f'{metric} {v}']:>12.3g}" for v in VARIANTS)
-              + f"{r['change']:>+9.1%}   [{r['low']:+.1%}, {r['high']:+.1%}]   {r['verdict']:<7}   {r['wide change']:+.1%} "
-              f"[{r['wide low']:+.1%}, {r['wide high']:+.1%}]")
+              + f"{r['change']:>+9.1%}   [{r['low']:+.1%}, {r['high']:+.1%}]   {r['verdict']:<7}   "
+              f"{r['wide change']:+.1%} [{r['wide low']:+.1%}, {r['wide high']:+.1%}]")
     reproduced = lower > len(rows) / 2
-    print(f"beats the matched baseline: {wins} of {len(rows)} tasks; reproduces the paper (its own metric, unmatched ED2 lower "
-          f"in most rows): {'yes' if reproduced else 'no'}, {lower} of {len(rows)}")
+    print(f"beats the matched baseline: {wins} of {len(rows)} tasks; reproduces the paper (its metric, unmatched ED2 "
+          f"lower in most rows): {'yes' if reproduced else 'no'}, {lower} of {len(rows)}")
     return dict(rows=rows, wins=wins, reproduces=bool(reproduced), lower=lower)
 
 
-# ------------------------------------------------------------------------------------------------------- smaller studies
+# ------------------------------------------------------------------------------------------------------ smaller studies
 def discovery(args, run, tasks=("walker-walk", "cheetah-run", "hopper-hop")):
     """SD2, sd2j and learned on random and on replay data, states and latents: agreement with the published groups and
     between seeds (adjusted Rand index; three draws of data and training)."""
@@ -1652,8 +1665,8 @@ def discovery(args, run, tasks=("walker-walk", "cheetah-run", "hopper-hop")):
                                  "ari_between_seeds": float(np.mean(pairs)) if pairs else math.nan,
                                  "groups": groups})
                     r = rows[-1]
-                    print(f"{task:<13}{source:<8}{space:<8}{name:<9} published {r['ari_published']:+.2f}, between seeds "
-                          f"{r['ari_between_seeds']:+.2f}: {groups[0]}", flush=True)
+                    print(f"{task:<13}{source:<8}{space:<8}{name:<9} published {r['ari_published']:+.2f}, between "
+                          f"seeds {r['ari_between_seeds']:+.2f}: {groups[0]}", flush=True)
     write_table(rows, run.dir / "discovery.csv")
     return dict(describe(args), rows=rows)
 
@@ -1744,13 +1757,13 @@ def rssm_costs(args, O, A, groups, masks, device):
 
 
 class LoopedRSSM(RSSM):
-    """`mean` as one would write it first, k separate cores in a Python loop: what `--cost` times the batched form against."""
+    """`mean` as one would write it first, k cores in a Python loop: what `--cost` times the batched form against."""
 
     def __init__(self, masks, width, shape):
         k, A = masks.shape
-        super().__init__(A, shape["units"], shape["deter"], shape["hidden"], shape["classes"])
-        self.loop = nn.ModuleList(RSSM(A, shape["units"], shape["deter"], shape["hidden"], shape["classes"], width=width)
-                                  for _ in range(k))
+        sizes = A, shape["units"], shape["deter"], shape["hidden"], shape["classes"]
+        super().__init__(*sizes)
+        self.loop = nn.ModuleList(RSSM(*sizes, width=width) for _ in range(k))
         self.register_buffer("masks", masks)
 
     def core_weights(self):
@@ -1773,8 +1786,8 @@ def describe(args):
     """What every results.json starts with."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.workers} CPU threads"
-    return dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), commit=git.stdout.strip() or None,
-                hardware=chip, args=asdict(args))
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return dict(command=command, commit=git.stdout.strip() or None, hardware=chip, args=asdict(args))
 
 
 def write_table(rows, path):
@@ -1849,11 +1862,11 @@ def plot_changes(result, path):
     fig, ax = figure(6.5, 3.6)
     for n, wm in enumerate(("tdmpc2", "dreamerv3")):
         rows = result[wm]["rows"]
-        for m, (kind, label) in enumerate((("", "equal parameters"), ("wide ", "full width, against as large a model"))):
+        for m, (kind, label) in enumerate((("", "equal parameters"), ("wide ", "full width, one model as large"))):
             x = np.arange(len(rows)) + 0.18 * (2 * n + m - 1.5)
             y, low, high = (100 * np.array([r[kind + k] for r in rows]) for k in ("change", "low", "high"))
-            ax.errorbar(x, y, (y - low, high - y), fmt="os"[m], ms=4, capsize=2, color=f"C{n}", mfc=f"C{n}" if not m else "w",
-                        label=f"{wm}: {label}")
+            ax.errorbar(x, y, (y - low, high - y), fmt="os"[m], ms=4, capsize=2, color=f"C{n}",
+                        mfc="w" if m else f"C{n}", label=f"{wm}: {label}")
     ax.axhline(0, color="k", lw=0.8)
     ax.set_xticks(range(len(rows)), [r["task"] for r in rows], fontsize=8)
     ax.set_ylabel("change of error by ED2, %")
@@ -1897,8 +1910,8 @@ def online(args, run):
     def log(row, metrics):
         run.log(row[0], {f"losses/{k}": v for k, v in metrics.items()} | {"charts/episodic_return": row[3]})
         if metrics and not np.isfinite(list(metrics.values())).all():
-            raise SystemExit(f"update {agent.updates} is not finite: {metrics}; the last checkpoint is in {run.dir}: try a "
-                             "smaller --lr")
+            raise SystemExit(f"update {agent.updates} is not finite: {metrics}; the last checkpoint is in {run.dir}: "
+                             "try a smaller --lr")
         left = (time.time() - began) / max(row[0] - start, 1) * (total - row[0]) / 60
         print(f"{row[0]:,} agent steps, {agent.updates:,} updates: return {row[3]:.1f}"
               + (f", reconstruction {metrics['rec']:.3g}, dynamics {metrics['dyn_raw']:.2f}, imagined return "
@@ -1911,7 +1924,7 @@ def online(args, run):
                          lambda state: run.save(state))
         played = workers.rollout([(args.task, 10**9 + i) for i in range(10)], agent.policy(10, mean=True))
     returns = [float(e["ret"]) for e in played]
-    print(f"\n{args.task}: mean action {np.mean(returns):.1f} (10 episodes), random policy {notes['random_return']:.1f}")
+    print(f"\n{args.task}: mean action {np.mean(returns):.1f} (10 episodes), random {notes['random_return']:.1f}")
     if agent.curve:
         plot_curve(agent.curve, notes["random_return"], args.task, run.dir / "curve.png")
     if args.capture_video:
@@ -1978,8 +1991,8 @@ def main(args: Args):
     if len(chosen) + (args.mode == "online") > 1:
         raise SystemExit(f"asked for {' and '.join(chosen)}{' online' * (args.mode == 'online')}: choose one")
     if args.agg and (args.agg in ("mean", "blocks")) != (args.wm == "dreamerv3"):
-        raise SystemExit(f"--agg {args.agg} with --wm {args.wm}: expected hidden, pre or post for tdmpc2, mean or blocks for "
-                         "dreamerv3")
+        raise SystemExit(f"--agg {args.agg} with --wm {args.wm}: expected hidden, pre or post for tdmpc2, mean or "
+                         "blocks for dreamerv3")
     if args.agg == "blocks" and args.match == "none":
         raise SystemExit("--agg blocks has the size of the single model already: leave --match none out")
     if args.workers < 1 or args.seeds < 1:
@@ -1990,8 +2003,8 @@ def main(args: Args):
         args = replace(args, wm="dreamerv3")
     task_facts(args.task)  # an unknown task ends here
     if kind in ("tables", "cost") and args.size:
-        raise SystemExit(f"--size {args.size} with --{kind}: it runs both backbones, whose sizes have different names; leave it "
-                         "out")
+        raise SystemExit(f"--size {args.size} with --{kind}: it runs both backbones, whose sizes have different names; "
+                         "leave it out")
     if kind not in ("tables", "cost"):
         args = fill_budget(args, kind if kind == "online" else "compare")
     given = asdict(args)
@@ -1999,8 +2012,10 @@ def main(args: Args):
     print(f"ED2: {kind}, {args.wm}, seed {args.seed}, {device}, {args.workers} workers, "
           f"{'compiled' if args.compile else 'eager'}, run folder {run.dir}")
     if kind in ("compare", "online"):
-        print(f"budget: size {args.size}, {args.updates} updates of {args.batch} x {args.length} steps, learning rate {args.lr}, "
-              f"{args.data_steps} agent steps of own replay", flush=True)
+        trained = args.updates * args.batch * args.length
+        steps = args.data_steps if kind == "compare" else round(trained / args.train_ratio)
+        print(f"budget: size {args.size}, {args.updates} updates of {args.batch} x {args.length} steps, learning rate "
+              f"{args.lr}, {steps:,} agent steps of own replay", flush=True)
     if args.track:
         import wandb
         wandb.init(project="ed2", name=run.dir.name, config=given, sync_tensorboard=True)
@@ -2011,7 +2026,7 @@ def main(args: Args):
         raise SystemExit(f"stopped; go on with: python {Path(sys.argv[0]).name} --resume {run.dir}") from None
     result["seconds"] = round(time.time() - began, 1)
     write_text(run.dir / "results.json", json.dumps(result, indent=1))
-    names = sorted(p.name for p in run.dir.iterdir() if p.suffix in (".json", ".csv", ".png", ".mp4"))
+    names = sorted(p.name for p in run.dir.iterdir() if p.suffix in (".json", ".csv", ".png", ".mp4", ".pt"))
     print(f"files: {run.dir}/", *names)
     run.close()
     return result
