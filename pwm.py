@@ -953,7 +953,8 @@ def collect(workers, tasks, n, r, args, policy, note):
 
 
 class Progress:
-    """Rates and time left over the whole plan; `totals` counts agent steps, model updates and policy updates."""
+    """Rates and time left over the whole plan; `totals` counts agent steps, model and policy updates, and the agent
+    steps of the planner, which are slow."""
 
     def __init__(self, totals, every=15.0):
         self.totals, self.every, self.printed = dict(totals), every, time.time()
@@ -1172,13 +1173,19 @@ def play(workers, tasks, n, seed, policy, note=None):
                 "success": [float(e["success"]) for e in episodes[k * n:k * n + n]]} for k, t in enumerate(tasks)}
 
 
-def evaluate(workers, trainer, note):
+def evaluate(workers, trainer, progress):
     """Returns {column: {task: {"return", "success"}}} for random, ours and, if asked, planner; and ms per action."""
     args, tasks, facts, wm, device = trainer.args, trainer.tasks, trainer.facts, trainer.wm, trainer.device
     rows, heads, discount = trainer.rows, trainer.heads, trainer.discount
     rng = np.random.default_rng([args.seed, 7])
     A = max(f.act_dim for f in facts)
-    def run(n, policy):
+    def run(n, policy, kind="steps"):
+        last = [0, time.time()]
+
+        def note(done, total):
+            progress.add(kind, done - last[0], time.time() - last[1])
+            last[:] = done, time.time()
+            progress.line(f"evaluating: {done:,}/{total:,} agent steps")
         return play(workers, tasks, n, args.seed, policy, note)
 
     columns = dict(random=run(args.eval_episodes, lambda obs, *_: rng.uniform(-1, 1, (len(obs), A))),
@@ -1200,7 +1207,7 @@ def evaluate(workers, trainer, note):
             means[job] = F.pad(mean[:, 1:], (0, 0, 0, 1))
             return a[:, :A].cpu().numpy()
 
-        columns["planner"] = run(args.planner_episodes, planner)
+        columns["planner"] = run(args.planner_episodes, planner, "planner")
         latency["planner"] = milliseconds(lambda: plan(wm, heads, wm.encode(obs, rows[one]), rows[one], means[:1],
                                                        discount[:1], gen), device, 5)
     return columns, latency
@@ -1354,19 +1361,21 @@ def main(args: Args):
     plan = [] if args.eval_only else make_plan(args, own, bool(args.checkpoint))
     total = {kind: sum(n for k, _, n in plan if k == kind) for kind in ("collect", "model", "policy")}
     episode = sum(f.episode_length for f in trainer.facts)  # agent steps of one episode of every task
-    progress = Progress(dict(steps=episode * (total["collect"] + 2 * args.eval_episodes + args.planner_episodes),
-                             model=total["model"], policy=total["policy"]))
+    progress = Progress(dict(steps=episode * (total["collect"] + 2 * args.eval_episodes), model=total["model"],
+                             policy=total["policy"], planner=episode * args.planner_episodes))
     where = trainer.where
     if args.resume:
         file = Path(box[0]) / "checkpoint.pt"
         state = run.load(device=device) if rank == 0 else torch.load(file, device, weights_only=True)
         trainer.load_state(state)
-        where, progress.done = trainer.where, state["done"]
+        where = trainer.where
+        progress.done |= state["done"]
         if own and rank == 0:
             episodes.truncate(state["counts"])
     if rank == 0:
         announce(trainer, own, plan, f"{device.type}: {why}", run.dir)
         progress.guess("steps", 1_000 * args.workers)
+        progress.guess("planner", 1_000 if device.type == "cuda" else 5)  # until it has been seen at work
         for kind, seconds in zip(("model", "policy"), trainer.trial() if plan else ()):
             progress.guess(kind, 1 / seconds)
     if args.track and rank == 0:
@@ -1431,7 +1440,7 @@ def main(args: Args):
             where["step"] = 0
         if rank:
             return None
-        columns, latency = evaluate(workers, trainer, functools.partial(report_steps, progress, "evaluating"))
+        columns, latency = evaluate(workers, trainer, progress)
     result = report(run, trainer, columns, latency, where["seconds"] + time.time() - clock[0], f"{device.type}: {why}")
     log({f"eval/{t}/{k}": float(np.mean(v)) for t in tasks for k, v in columns["ours"][t].items()})
     if args.capture_video:
@@ -1449,14 +1458,12 @@ def read_metrics(metrics, kind, world):
     return dict(zip(metrics, values.tolist()))
 
 
-def report_steps(progress, what, done, total):
-    progress.line(f"{what}: {done:,}/{total:,} agent steps")
-
-
 def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
     """The collect stage: play, store, log the mean return of every task."""
     began, tasks = time.time(), trainer.tasks
-    note = functools.partial(report_steps, progress, f"round {r}: rolling out")
+
+    def note(done, total):
+        progress.line(f"round {r}: rolling out: {done:,}/{total:,} agent steps")
     played = collect(workers, tasks, n, r, trainer.args, trainer.policy, note)
     returns = {}
     for k, t in enumerate(tasks):
