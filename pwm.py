@@ -1312,9 +1312,10 @@ def plot(rows, names, history, seconds, folder):
         (line,) = ax.plot(minutes, [h["return"][r["task"]] for h in rounds], "o-", ms=3, lw=1, alpha=0.6)
         if not r["task"].startswith("mw-"):
             ax.plot(seconds / 60, r["ours"], "*", color=line.get_color(), ms=8)
-    ax.plot(minutes, [np.mean(list(h["return"].values())) for h in rounds], "k-", lw=2, label="mean over tasks")
+    if len(rows) > 1:
+        ax.plot(minutes, [np.mean(list(h["return"].values())) for h in rounds], "k-", lw=2, label="mean over tasks")
+        ax.legend(fontsize=8)
     ax.set(xlabel="minutes", ylabel="return of roll-outs (star: final evaluation)")
-    ax.legend(fontsize=8)
     fig.savefig(folder / "curve.png", dpi=120)
     plt.close(fig)
 
