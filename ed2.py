@@ -595,8 +595,8 @@ def measure_latents(encoder, dynamics, sampler, horizons=(1, 3, 5, 10)):
     """Held-out open-loop errors of latents after h steps; sampler: slices of max(horizons) steps.
 
     Returns {logged: what training logs, per_step_mse: mean over the 3 training steps, fast_mse_1: on the tenth of the
-    steps with the largest state change (mostly contacts), mse_h, latent_nmse_h: over the latents' variance, state_nmse_h:
-    read out by one ridge probe fitted on real latents, persistence_mse_h and linear_mse_h: naive predictions}.
+    steps with the largest state change (mostly contacts), mse_h, latent_nmse_h: over the latents' variance,
+    state_nmse_h: read out by one ridge probe fitted on real latents, persistence_mse_h, linear_mse_h: naive}.
     """
     generator = torch.Generator(next(encoder.parameters()).device).manual_seed(0)
     obs, act, _, _ = sampler.sequences(2048, generator)
@@ -1549,7 +1549,7 @@ def compare(args, run):
         row = next(r for r in rows if r["metric"] == PRIMARY[args.wm])
         says = verdict(row["change"], row["low"], row["high"]) if args.seeds > 1 else "none, 1 seed"
         result["verdict"] = says
-        print(f"verdict on {PRIMARY[args.wm]} against the single model: {says} (a win needs the controls of --tables too)")
+        print(f"verdict on {PRIMARY[args.wm]} against the single model: {says} (a win needs the controls of --tables)")
     write_table(rows, run.dir / "results.csv")
     plot_horizons(by, args.wm, run.dir / "horizon.png")
     plot_partition(args.task, random, groups, run.dir / "partition.png")
