@@ -25,6 +25,10 @@ Deviations and choices:
     error of decoded states instead and shows both.
  5. On a CPU, batches, sequences and updates are smaller and learning rates higher (printed at the start).
  6. Partitions `sd2j` and `learned` are ours: neither paper has them.
+ 7. TD-MPC2 has two Q functions here, as in its 1M size, and no dropout in them. DreamerV3 starts every recording from
+    the zero state instead of a stored one.
+ 8. With `blocks`, the hidden layer of DreamerV3's core is normalised over the blocks of one group; over all of them,
+    actions would leak into the others.
 """
 import copy
 import csv
@@ -123,7 +127,9 @@ class Args:
 CONT = 1 - 1 / 333  # the discount, which the continue head learns as if episodes could end at any step
 UNIMIX = 0.01  # share of the uniform distribution in every latent variable
 DREAMER_SIZES = {"1m": dict(deter=512, hidden=64, classes=4, units=64),  # named by the authors' totals with CNNs
-         "12m": dict(deter=2048, hidden=256, classes=16, units=256)}
+         "12m": dict(deter=2048, hidden=256, classes=16, units=256),
+         "25m": dict(deter=3072, hidden=384, classes=24, units=384),
+         "50m": dict(deter=4096, hidden=512, classes=32, units=512)}
 
 
 def symlog(x):
@@ -257,7 +263,7 @@ def influence(predict, s, act, generator):
     return torch.stack(rows)
 
 
-def fit_influence(s, act, delta, simnorm, seed, steps=1500, batch=256, eta=0.0, learned=False):
+def fit_influence(s, act, delta, seed, latents=False, steps=1500, batch=256, eta=0.0, learned=False):
     """Groups from a model trained on rows s (N, n), act (N, A), delta (N, n): (groups, log).
 
     sd2j: train one single model, then merge actions by the influence they have in it. learned: three phases of a
@@ -270,7 +276,7 @@ def fit_influence(s, act, delta, simnorm, seed, steps=1500, batch=256, eta=0.0, 
     A, k = act.shape[1], min(act.shape[1], 8) if learned else 1
     scale = delta.std(0).clamp(min=1e-8)
     target = (delta - delta.mean(0)) / scale * (scale > 1e-7)
-    if not simnorm:  # states; latents are simplex coordinates already
+    if not latents:  # simplex coordinates have one scale already
         s = (s - s.mean(0)) / s.std(0).clamp(min=1e-8)
     model = Dynamics(s.shape[1], A, s.shape[1], 200 if k == 1 else 64, torch.ones(A, k), simnorm=False)
     opt = torch.optim.Adam(model.parameters(), 1e-3)
@@ -400,7 +406,7 @@ def dynamics_params(n, act_dim, width, sizes, agg):
 
 def match_width(count, target, step=8):
     """The multiple of `step` whose count(width) is closest to `target`. SystemExit if that is more than 5 % off."""
-    width = min(range(step, 4097, step), key=lambda w: abs(count(w) - target))
+    width = min(range(step, 2**15, step), key=lambda w: abs(count(w) - target))
     if abs(count(width) / target - 1) > 0.05:
         raise SystemExit(f"no width gives {target:,} parameters within 5 % (width {width} has {count(width):,}): use a "
                          "larger --size or --match none")
@@ -552,8 +558,9 @@ def train_tdmpc2(model, sampler, args, seed, compiled):
         nn.utils.clip_grad_norm_(pi, 20.0)
         opt_pi.step()
         model.q.requires_grad_(True)
-        torch._foreach_lerp_(slow, fast, 0.01)
-        if step >= 0.9 * args.updates:
+        with torch.no_grad():
+            torch._foreach_lerp_(slow, fast, 0.01)
+        if step >= int(0.9 * args.updates):
             tail.append(metrics["consistency"])
         if (step + 1) % 200 == 0:
             check_finite(step, metrics, norm)
@@ -872,10 +879,6 @@ class DreamerV3(nn.Module):
         self.actor = mlp(feat, units, 3, 2 * act_dim, scale=0.01)
         self.critic = mlp(feat, units, 3, 255, scale=0.0)
 
-    def forward(self, loss, *inputs):
-        """loss(model, *inputs): lets torch.func.functional_call and wrappers reach the losses below"""
-        return loss(self, *inputs)
-
     def world(self):
         """Modules of the world model, for training without behaviour: LaProp(*clip_units(*model.world()))"""
         return self.encoder, self.rssm, self.decoder, self.reward, self.cont
@@ -1179,8 +1182,8 @@ def make_data(task, folder, steps, workers, data_dir=None):
 
     `folder`/random: 20,000 agent steps of uniform actions, what SD2 reads. `folder`/replay: an evolving linear policy
     (augmented random search, Mania et al. 2018) from useless to better; or the episodes in `data_dir`. Seeds are fixed:
-    every variant and training seed sees the same data and the same held-out episodes. SystemExit: data that does not
-    fit the task, or ends early.
+    every variant and training seed sees the same data and the same held-out episodes. With steps = 0 the random
+    episodes are all there is. SystemExit: data that does not fit the task, or ends early.
     """
     O, A, T, _ = task_facts(task)
     facts, folder = {task: (O, A, T)}, Path(folder)
@@ -1200,13 +1203,14 @@ def make_data(task, folder, steps, workers, data_dir=None):
             played = pool.rollout([(task, 10**6 + s) for s in range(n)], lambda obs, job, t: acts[job, t])
             random.append(task, *([e[x] for e in played] for x in ("obs", "act", "rew", "term")))
             notes = {"random_return": float(np.mean([e["ret"] for e in played]))}
-            if not data_dir:
+            if steps and not data_dir:
                 own = Episodes.create(folder / "replay", facts)
                 own.truncate({task: 0})
                 notes["returns"] = search(task, pool, played, own, steps)
         write_text(done, json.dumps(notes))
     random = Episodes.open(folder / "random", [task])
-    replay = replay if data_dir else Episodes.open(folder / "replay", [task])
+    if not data_dir:
+        replay = Episodes.open(folder / "replay", [task]) if steps else random
     if replay.arrays(task)["term"].any():
         raise SystemExit(f"episodes of {task} end early (termination): ed2.py is for tasks that do not")
     return random, replay, json.loads(done.read_text())
@@ -1264,7 +1268,7 @@ def find_partition(name, task, random, seed=0, eta=0.0):
     s, act, delta = transitions(random, task)
     if name in ("sd2j", "learned"):
         s, act, delta = (torch.from_numpy(np.ascontiguousarray(x)) for x in (s, act, delta))
-        return fit_influence(s, act, delta, False, seed, eta=eta, learned=name == "learned")
+        return fit_influence(s, act, delta, seed, eta=eta, learned=name == "learned")
     groups, log = agglomerate(cosine(pearson_features(act, delta)), eta)
     return (random_partition(groups, seed), []) if name == "random" else (groups, log)
 
@@ -1303,7 +1307,7 @@ def compiler(enabled):
     made = {}
     if enabled:
         torch._dynamo.reset()  # of the cells before, whose shapes differ
-    return lambda f: made.setdefault(f, torch.compile(f, dynamic=False)) if enabled else f
+    return lambda f: (made.get(f) or made.setdefault(f, torch.compile(f, dynamic=False))) if enabled else f
 
 
 def run_cell(cell, args, root, data_dir):
@@ -1381,8 +1385,12 @@ def run_cells(cells, args, root, data_dir=None):
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
         for wave in waves:
             jobs = {pool.submit(run_cell, cell, args, root, data_dir): cell for cell in wave}
-            for job in as_completed(jobs):
-                note(jobs[job], job.result())
+            try:
+                for job in as_completed(jobs):
+                    note(jobs[job], job.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # not after hours of other cells
+                raise
     print(f"{len(cells)} trainings in {(time.time() - began) / 60:.1f} min")
     return done
 
@@ -1391,6 +1399,15 @@ def headline(result):
     if result["wm"] == "dreamerv3":
         return f"NMSE after 15 steps {result['nmse_15']:.3f}, dynamics loss {result['dyn']:.2f}"
     return f"MSE per step {result['per_step_mse']:.2e}, held-out consistency {result['logged']:.2e}"
+
+
+def strict(x):
+    """nan, which JSON lacks, as None (the interval of one seed)."""
+    if isinstance(x, dict):
+        return {k: strict(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [strict(v) for v in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
 
 
 def write_text(path, text):
@@ -1415,7 +1432,8 @@ def train_rssm_cell(cell, args, root, replay, O, A, device):
     groups, width = variant(cell["variant"], cell["groups"], deter, count, cell["seed"])
     torch.manual_seed(cell["seed"])
     model = DreamerV3(O, A, **shape, groups=groups, agg=agg, width=width).to(device)
-    sampler, compiled = sampler_of(replay, cell["task"], args.length, device), compiler(args.compile)
+    sampler, longer = (sampler_of(replay, cell["task"], T, device) for T in (args.length, CONTEXT + max(HORIZONS) - 1))
+    compiled = compiler(args.compile)
     opt = LaProp(*clip_units(*model.world()), lr=args.lr, warmup=max(1, min(1000, args.updates // 10)))
     generator, tail, lr = torch.Generator(device).manual_seed(cell["seed"]), [], args.lr
     for step in range(args.updates):
@@ -1426,43 +1444,44 @@ def train_rssm_cell(cell, args, root, replay, O, A, device):
         opt.zero_grad()
         loss.backward()
         opt.step()
-        if step >= 0.9 * args.updates:
+        if step >= int(0.9 * args.updates):
             tail.append(metrics["dyn"])
         if (step + 1) % 50 == 0:
             check_finite(step, metrics, loss.detach())
     numbers = {"width": width, "dynamics_params": count(groups, width), "trained_on": groups,
                "train_loss": float(torch.stack(tail).mean())}
-    return numbers | measure_rssm(model, replay, cell["task"], args.length, device)
+    return numbers | measure_rssm(model, sampler, longer)
+
+
+CONTEXT, HORIZONS = 16, (1, 5, 15, 45)  # observations before an open-loop prediction, and how far it is tested
 
 
 @torch.no_grad()
-def measure_rssm(model, replay, task, length, device, horizons=(1, 5, 15, 45), context=16, batch=128, draws=8):
+def measure_rssm(model, sampler, longer, batch=128, draws=8):
     """Held-out {dyn (clipped), dyn_raw, post_entropy, rec, nmse_h, persistence_nmse_h, linear_nmse_h}.
 
-    nmse_h: mean over dimensions of squared error / variance of the state decoded h steps after `context` observations;
-    the prediction is the mean of `draws` sampled roll-outs.
+    sampler: slices as in training; longer: of 60 steps. nmse_h: mean over dimensions of squared error / variance of the
+    state decoded h steps after 16 observations; the prediction is the mean of `draws` sampled roll-outs.
     """
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(sampler.device).manual_seed(0)
     latent = model.rssm.stoch, model.rssm.classes
-    obs, act, rew, _ = sampler_of(replay, task, length, device).sequences(4 * batch, generator, held_out=True)
-    _, metrics, _ = rssm_loss(model, obs, act, rew, draw_gumbel((length + 1, 4 * batch, *latent), generator), 8)
+    obs, act, rew, _ = sampler.sequences(4 * batch, generator, held_out=True)
+    _, metrics, _ = rssm_loss(model, obs, act, rew, draw_gumbel((len(obs), 4 * batch, *latent), generator), 8)
     out = {k: float(metrics[k]) for k in ("dyn", "dyn_raw", "post_entropy", "rec")}
-    steps = context + max(horizons) - 1
-    sampler = sampler_of(replay, task, steps, device)
-    obs, act, _, _ = sampler.sequences(batch, generator)
+    obs, act, _, _ = longer.sequences(batch, generator)
     x, change = torch.cat([obs[:-1], act], -1).flatten(0, 1).cpu(), (obs[1:] - obs[:-1]).flatten(0, 1).cpu()
     linear = ridge(x, change)
-    obs, act, _, _ = sampler.sequences(batch, generator, held_out=True)
-    pred = torch.stack([open_loop(model, obs, act, draw_gumbel((steps + 1, batch, *latent), generator), context)
+    obs, act, _, _ = longer.sequences(batch, generator, held_out=True)
+    pred = torch.stack([open_loop(model, obs, act, draw_gumbel((len(obs), batch, *latent), generator), CONTEXT)
                         for _ in range(draws)]).mean(0).cpu().double().numpy()
     true, act = obs.cpu().double().numpy(), act.cpu().numpy()
-    spread, guess = true.reshape(-1, true.shape[-1]).var(0), true[context - 1]
-    for h in range(1, max(horizons) + 1):
-        t = context - 1 + h
+    spread, guess = true.reshape(-1, true.shape[-1]).var(0), true[CONTEXT - 1]
+    for h in range(1, max(HORIZONS) + 1):
+        t = CONTEXT - 1 + h
         guess = guess + np.c_[guess, act[t - 1], np.ones(batch)] @ linear
-        if h in horizons:
+        if h in HORIZONS:
             out[f"nmse_{h}"] = nmse(pred[h - 1], true[t], spread)
-            out[f"persistence_nmse_{h}"] = nmse(true[context - 1], true[t], spread)
+            out[f"persistence_nmse_{h}"] = nmse(true[CONTEXT - 1], true[t], spread)
             out[f"linear_nmse_{h}"] = nmse(guess, true[t], spread)
     return out
 
@@ -1482,7 +1501,7 @@ def relative_change(new, old):
 
 def verdict(mean, low, high, better_than_controls=True):
     """win: the interval is below zero and no control is as good; loss: above zero; tie: across zero or under 5 %."""
-    if low <= 0 <= high or abs(mean) < 0.05:
+    if not (high < 0 or low > 0) or abs(mean) < 0.05:  # also with one seed, whose interval is nan
         return "tie"
     return "loss" if mean > 0 else "win" if better_than_controls else "tie"
 
@@ -1635,8 +1654,11 @@ def summarise(wm, cells, tasks):
 
 # ------------------------------------------------------------------------------------------------------ smaller studies
 def discovery(args, run, tasks=("walker-walk", "cheetah-run", "hopper-hop")):
-    """SD2, sd2j and learned on random and on replay data, states and latents: agreement with the published groups and
-    between seeds (adjusted Rand index; three draws of data and training)."""
+    """SD2, sd2j and learned on random and on replay data, in states and in latents.
+
+    Adjusted Rand index with the published groups and between seeds; a seed draws its own 10,000 rows and networks. The
+    latents are those of one TD-MPC2 encoder per task, trained on the replay.
+    """
     rows = []
     for task in tasks:
         O, A, _, _ = task_facts(task)
@@ -1651,13 +1673,13 @@ def discovery(args, run, tasks=("walker-walk", "cheetah-run", "hopper-hop")):
                 found = {"sd2": [], "sd2j": [], "learned": []}
                 for seed in range(args.seed, args.seed + args.seeds):
                     s, act, delta = (torch.from_numpy(np.ascontiguousarray(x))
-                                     for x in transitions(episodes, task, seed=seed))
+                                     for x in transitions(episodes, task, 10_000, seed))
                     if space == "latent":
                         with torch.no_grad():
                             s, delta = (z := model.encoder(s)), model.encoder(s + delta) - z
                     found["sd2"].append(discover(act, delta, args.eta))
                     for name in ("sd2j", "learned"):
-                        found[name].append(fit_influence(s, act, delta, space == "latent", seed, eta=args.eta,
+                        found[name].append(fit_influence(s, act, delta, seed, space == "latent", eta=args.eta,
                                                          learned=name == "learned")[0])
                 for name, groups in found.items():
                     pairs = [adjusted_rand(p, q) for i, p in enumerate(groups) for q in groups[:i]]
@@ -1765,6 +1787,10 @@ class LoopedRSSM(RSSM):
         sizes = A, shape["units"], shape["deter"], shape["hidden"], shape["classes"]
         super().__init__(*sizes)
         self.loop = nn.ModuleList(RSSM(*sizes, width=width) for _ in range(k))
+        for name in ("h_in", "z_in", "hid", "gru", "act_weight", "act_bias", "act_gain", "hid_gain"):
+            delattr(self, name)  # LaProp wants a gradient of every parameter
+        for core in self.loop:
+            del core.prior_net, core.post_net
         self.register_buffer("masks", masks)
 
     def core_weights(self):
@@ -1785,7 +1811,7 @@ def bodies(args, run):
 # ------------------------------------------------------------------------------------------------- reports and figures
 def describe(args):
     """What every results.json starts with."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)  # maybe no git here
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.workers} CPU threads"
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     return dict(command=command, commit=git.stdout.strip() or None, hardware=chip, args=asdict(args))
@@ -1803,6 +1829,7 @@ def figure(width, height):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.close("all")  # of the studies before
     return plt.subplots(figsize=(width, height), layout="constrained")
 
 
@@ -1889,7 +1916,7 @@ def online(args, run):
     """A DreamerV3 agent, decomposed unless --partition none, that learns to act; returns what results.json holds."""
     O, A, T, _ = task_facts(args.task)
     device = torch.device(args.device)
-    random, _, notes = make_data(args.task, run.dir / "data", T, args.workers)  # SD2 reads it, and it is the baseline
+    random, _, notes = make_data(args.task, run.dir / "data", 0, args.workers)  # SD2 reads it, and it is the baseline
     groups = check_partition(find_partition(args.partition, args.task, random, eta=args.eta)[0], A)
     shape, agg, width = DREAMER_SIZES[args.size], args.agg or "mean", None
     if agg == "mean" and args.match == "params":
@@ -1968,12 +1995,48 @@ BUDGETS = {
 
 
 DATA_STEPS = 96_000, 400_000  # agent steps of own replay on a CPU and on a GPU
+STUDIES = {"tables": tables, "discovery": discovery, "bodies": bodies, "cost": cost}
 
 
 def fill_budget(args, kind):
     """The flags that were left out, for one backbone."""
     budget = BUDGETS[kind, args.wm][args.device == "cuda"]
     return replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
+
+
+def check_args(args):
+    """(args with their budget, kind of run). SystemExit: flags that do not fit together, in one sentence."""
+    kinds = [name for name in STUDIES if getattr(args, name)] + ["online"] * (args.mode == "online")
+    if len(kinds) > 1:
+        raise SystemExit(f"asked for {' and '.join(kinds)}: choose one")
+    kind = kinds[0] if kinds else "compare"
+    both = kind in ("tables", "cost")  # backbones
+    if both and (args.size or args.agg or args.data_dir):
+        raise SystemExit(f"--{kind} runs both backbones on its own data: leave --size, --agg and --data-dir out")
+    if kind in ("discovery", "bodies", "online"):
+        args = replace(args, wm="dreamerv3" if kind == "online" else "tdmpc2")
+    if kind == "online" and args.eval_only and not args.checkpoint:
+        raise SystemExit("--eval-only plays an agent that has learned: type its --checkpoint runs/NAME/checkpoint.pt")
+    if args.checkpoint and not (kind == "online" and Path(args.checkpoint).is_file()):
+        raise SystemExit(f"--checkpoint {args.checkpoint}: expected --mode online and the checkpoint.pt of such a run")
+    if args.agg and (args.agg in ("mean", "blocks")) != (args.wm == "dreamerv3"):
+        raise SystemExit(f"--agg {args.agg} with --wm {args.wm}: expected hidden, pre or post for tdmpc2, mean or "
+                         "blocks for dreamerv3")
+    if args.agg == "blocks" and args.match == "none":
+        raise SystemExit("--agg blocks has the size of the single model already: leave --match none out")
+    task_facts(args.task)  # an unknown task ends here
+    if not both:
+        args = fill_budget(args, kind if kind == "online" else "compare")
+        sizes, least = (TDMPC2_SIZES, 1) if args.wm == "tdmpc2" else (DREAMER_SIZES, 9)
+        if args.size not in sizes:
+            raise SystemExit(f"--size {args.size} with --wm {args.wm}: expected one of {', '.join(sizes)}")
+        if args.length < least:
+            raise SystemExit(f"--length {args.length}: expected at least {least} for {args.wm}, whose first 8 steps of "
+                             "a recording are not measured")
+    for name in ("workers", "seeds", "updates", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise SystemExit(f"--{name} {getattr(args, name)}: expected at least 1")
+    return args, kind
 
 
 def main(args: Args):
@@ -1987,27 +2050,8 @@ def main(args: Args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type --device cpu")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    studies = {"tables": tables, "discovery": discovery, "bodies": bodies, "cost": cost}
-    chosen = [name for name in studies if getattr(args, name)]
-    if len(chosen) + (args.mode == "online") > 1:
-        raise SystemExit(f"asked for {' and '.join(chosen)}{' online' * (args.mode == 'online')}: choose one")
-    if args.agg and (args.agg in ("mean", "blocks")) != (args.wm == "dreamerv3"):
-        raise SystemExit(f"--agg {args.agg} with --wm {args.wm}: expected hidden, pre or post for tdmpc2, mean or "
-                         "blocks for dreamerv3")
-    if args.agg == "blocks" and args.match == "none":
-        raise SystemExit("--agg blocks has the size of the single model already: leave --match none out")
-    if args.workers < 1 or args.seeds < 1:
-        raise SystemExit(f"--workers {args.workers} --seeds {args.seeds}: expected at least 1 of each")
     args = replace(args, device=device, data_steps=args.data_steps or DATA_STEPS[device == "cuda"])
-    kind = chosen[0] if chosen else args.mode if args.mode == "online" else "compare"
-    if kind == "online":
-        args = replace(args, wm="dreamerv3")
-    task_facts(args.task)  # an unknown task ends here
-    if kind in ("tables", "cost") and args.size:
-        raise SystemExit(f"--size {args.size} with --{kind}: it runs both backbones, whose sizes have different names; "
-                         "leave it out")
-    if kind not in ("tables", "cost"):
-        args = fill_budget(args, kind if kind == "online" else "compare")
+    args, kind = check_args(args)
     given = asdict(args)
     run = Run(args.task if kind in ("compare", "online") else kind, "ed2", args.seed, given, args.resume)
     print(f"ED2: {kind}, {args.wm}, seed {args.seed}, {device}, {args.workers} workers, "
@@ -2022,11 +2066,11 @@ def main(args: Args):
         wandb.init(project="ed2", name=run.dir.name, config=given, sync_tensorboard=True)
     began = time.time()
     try:
-        result = {"compare": compare, "online": online, **studies}[kind](args, run)
+        result = {"compare": compare, "online": online, **STUDIES}[kind](args, run)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; go on with: python {Path(sys.argv[0]).name} --resume {run.dir}") from None
     result["seconds"] = round(time.time() - began, 1)
-    write_text(run.dir / "results.json", json.dumps(result, indent=1))
+    write_text(run.dir / "results.json", json.dumps(strict(result), indent=1))
     names = sorted(p.name for p in run.dir.iterdir() if p.suffix in (".json", ".csv", ".png", ".mp4", ".pt"))
     print(f"files: {run.dir}/", *names)
     run.close()

@@ -1266,7 +1266,7 @@ def report(run, trainer, columns, latency, seconds, device_text):
     print("\n" + "\n".join(lines))
     for c, ms in latency.items():
         print(f"{c}: {ms:.2f} ms per action")
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)  # maybe none
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     result = dict(command=command, commit=git.stdout.strip() or None, seed=args.seed,
                   hardware=device_text, seconds=round(seconds, 1), args=asdict(args), summary=summary, table=rows,
