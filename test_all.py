@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 import tyro
 
 import data
+import ed2
 import envs
 import pwm
 from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
@@ -481,6 +483,7 @@ def test_kill_during_conversion_then_rerun_is_identical(tmp_path, monkeypatch):
     code = f"""
 import sys; sys.path.insert(0, {HERE!r})
 import data
+import ed2
 data.SLAB_BYTES = 6000
 data.convert_tdmpc2({str(tmp_path / 'src')!r}, sys.argv[1], ["p", "q", "r"], {DIMS!r}, progress=False)
 """
