@@ -1694,6 +1694,177 @@ def discovery(args, run, tasks=("walker-walk", "cheetah-run", "hopper-hop")):
     return dict(describe(args), rows=rows)
 
 
+class Bank(nn.Module):
+    """K trunks that know no robot: latent z (B, D), act (B, A), keys (A, 16) -> mean of the K last layers (B, w).
+
+    Action j enters trunk i with the weights p_ji (key_j V_i), V_i (16, w), p = softmax(key . codes / 4) (A, K). A key
+    is all that the bank knows of an action, so robots with any number of actions share all weights. As in Dynamics
+    no loop runs over trunks: the keys make its W_a (A, K w), masked by p instead of a partition.
+    """
+
+    def __init__(self, K=8, latent=64, width=64, key=16):
+        super().__init__()
+        self.K, self.width = K, width
+        self.codes = nn.Parameter(torch.randn(K, key))
+        self.w_z = nn.Parameter(nn.init.trunc_normal_(torch.empty(latent, K * width), std=latent**-0.5))
+        self.w_a = nn.Parameter(nn.init.trunc_normal_(torch.empty(key, K * width), std=key**-0.5))
+        self.bias = nn.Parameter(torch.zeros(K * width))
+        self.gain, self.shift = nn.Parameter(torch.ones(K, width)), nn.Parameter(torch.zeros(K, width))
+        self.second = Stack(K, width, width)
+
+    def assign(self, keys):
+        """(A, 16) -> (A, K), rows sum to 1"""
+        return (keys @ self.codes.T / keys.shape[1] ** 0.5).softmax(1)
+
+    def forward(self, z, act, keys):
+        w_a = (keys @ self.w_a) * self.assign(keys).repeat_interleave(self.width, 1)
+        x = (torch.addmm(self.bias, z, self.w_z) + act @ w_a).unflatten(-1, (self.K, self.width))
+        x = F.mish(F.layer_norm(x, x.shape[-1:]) * self.gain + self.shift)
+        return self.second(x.transpose(0, 1)).mean(0)
+
+
+class Body(nn.Module):
+    """What a robot has of its own: encoder, head, a key per action, and the scales of its rows s, delta (N, O)."""
+
+    def __init__(self, bank, s, act, delta):
+        super().__init__()
+        O, A = s.shape[1], act.shape[1]
+        self.encoder, self.head = nn.Linear(O, len(bank.w_z)), nn.Linear(bank.width, O)
+        self.keys = nn.Parameter(torch.randn(A, bank.codes.shape[1]))
+        for name, x in (("s", s), ("d", delta)):
+            self.register_buffer(name + "_mean", x.mean(0))
+            self.register_buffer(name + "_std", x.std(0).clamp(min=1e-4))
+
+    def forward(self, bank, s, act):
+        """s (B, O), act (B, A) -> standardised state change (B, O)"""
+        return self.head(bank(self.encoder((s - self.s_mean) / self.s_std), act, self.keys))
+
+    def loss(self, bank, s, act, delta):
+        return (self(bank, s, act) - (delta - self.d_mean) / self.d_std).square().mean()
+
+    @torch.no_grad()
+    def error(self, bank, s, act, delta):
+        return nmse(self(bank, s, act) * self.d_std + self.d_mean, delta, delta.var(0))
+
+
+def fit_bank(bank, data, updates, batch, seed, lr=3e-3, watch=None):
+    """Train what requires a gradient on data [(body, rows (s, act, delta))]. `watch`, other rows of the only body,
+    is looked at 20 times: keep the weights of the best look. Returns its updates."""
+    generator = torch.Generator().manual_seed(seed)
+    params = [p for m in (bank, *(body for body, _ in data)) for p in m.parameters() if p.requires_grad]
+    opt, best = torch.optim.Adam(params, lr, foreach=True), (math.inf, updates, None)
+    for step in range(updates):
+        opt.param_groups[0]["lr"] = rate(step, updates, lr)
+        loss = 0.0
+        for body, rows in data:
+            i = torch.randint(len(rows[0]), (batch,), generator=generator)
+            loss = loss + body.loss(bank, *(x[i] for x in rows))
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, 20.0)
+        opt.step()
+        if (step + 1) % max(1, updates // 20) == 0:
+            check_finite(step, {"loss": loss.detach()}, norm)
+            if watch:
+                with torch.no_grad():
+                    now = float(data[0][0].loss(bank, *watch))
+                if now < best[0]:
+                    best = now, step + 1, [p.detach().clone() for p in params]
+    for p, kept in zip(params, best[2] or []):
+        p.data.copy_(kept)
+    return best[1]
+
+
+def changes_of(replay, task):
+    """All steps by episode: s (N, T, O), act (N, T, A), next s - s (N, T, O)."""
+    maps = replay.arrays(task)
+    obs, act = torch.from_numpy(np.array(maps["obs"])), torch.from_numpy(np.array(maps["act"]))
+    return obs[:, :-1], act, obs[:, 1:] - obs[:, :-1]
+
+
+ARMS = {"frozen": "pre-trained bank, frozen", "tuned": "pre-trained bank, trained on", "scratch": "all from scratch",
+        "random": "random bank, frozen", "zero_shot": "pre-trained bank and body as they are",
+        "linear": "ridge regression", "persistence": "no change"}
+HELD_OUT = {"cheetah-run-backwards": ("walker-walk", "cheetah-run", "hopper-hop"),  # a new task of a known body
+            "walker-walk": ("cheetah-run", "hopper-hop")}  # a new body
+
+
+def few_shot(data, bank, zero_shot, episodes, seed, updates, batch, size):
+    """Held-out NMSE of one-step state changes by arm: {arm: .., arm_updates: ..}.
+
+    data: s (N, T, O), act (N, T, A), delta (N, T, O). A sixth of the episodes is for testing, always the same; of the
+    rest `episodes` train, chosen by seed, and their middle fifth says when to stop.
+    """
+    order = np.random.default_rng(0).permutation(len(data[0]))
+    cut = max(1, len(order) // 6)
+    test = [x[order[:cut]].flatten(0, 1) for x in data]
+    few = [x[np.random.default_rng(seed).permutation(order[cut:])[:episodes]] for x in data]
+    middle = torch.arange(few[0].shape[1]) * 5 // few[0].shape[1] == 2
+    rows, watch = ([x[:, keep].flatten(0, 1) for x in few] for keep in (~middle, middle))
+    out = {}
+    for arm in ("frozen", "tuned", "scratch", "random"):
+        torch.manual_seed(seed)  # the same new body in all arms, the same new bank in two
+        own = Bank(**size)
+        body = Body(own, *rows)
+        if arm in ("frozen", "tuned"):
+            own.load_state_dict(bank.state_dict())
+        own.requires_grad_(arm in ("tuned", "scratch"))
+        lr = 1e-3 if arm in ("tuned", "scratch") else 3e-3  # the better ones on another case: hopper, held out
+        out[arm + "_updates"] = fit_bank(own, [(body, rows)], updates, batch, seed, lr, watch)
+        out[arm] = body.error(own, *test)
+    s, act, delta = (torch.cat([a, b]) for a, b in zip(rows, watch))
+    guess = np.c_[test[0], test[1], np.ones(len(test[0]))] @ ridge(torch.cat([s, act], 1), delta)
+    spread = test[2].var(0)
+    out |= {"zero_shot": zero_shot.error(bank, *test)} if zero_shot else {}
+    return out | {"linear": nmse(torch.from_numpy(guess), test[2], spread), "persistence": nmse(0.0, test[2], spread)}
+
+
+def bodies(args, run, cases=HELD_OUT, shots=(2, 8, 32), steps=48_000, pretrain=2000, updates=1000, batch=128, **size):
+    """Can a bank of sub-models learned on some robots be used for something new? The paper asks; the study is ours.
+
+    A bank is trained with several bodies at once. A task that it has not seen then gets a new body (encoder, head,
+    keys), trained on few episodes while the bank stays as it is; while it trains on; with a new bank; and with a
+    frozen random bank, which shows what a bank does that has learned nothing. The same updates and batches for all.
+    """
+    torch.set_num_threads(1)
+    (run.dir / "cells").mkdir(exist_ok=True)
+    seeds, cells, rows = range(args.seed, args.seed + args.seeds), [], []
+    data = {t: changes_of(make_data(t, run.dir / "data" / t, steps, args.workers)[1], t)
+            for t in dict.fromkeys(t for case, known in cases.items() for t in (*known, case))}
+    print(f"held-out error of state changes (1 = as good as their mean), {args.seeds} paired seeds", flush=True)
+    for case, known in cases.items():
+        trained = {}  # by seed, when a cell needs it
+        for n in shots:
+            for seed in seeds:
+                file = run.dir / "cells" / f"{case}_{n}_{seed}.json"
+                if not file.exists():
+                    if seed not in trained:
+                        torch.manual_seed(1000 + seed)
+                        bank, rest = Bank(**size), {t: [x.flatten(0, 1) for x in data[t]] for t in known}
+                        robots = {t: Body(bank, *x) for t, x in rest.items()}
+                        fit_bank(bank, [(robots[t], rest[t]) for t in known], pretrain, batch, seed)
+                        same = [t for t in known if t.split("-")[0] == case.split("-")[0]]
+                        trained[seed] = bank, robots[same[0]] if same else None
+                    errors = few_shot(data[case], *trained[seed], n, seed, updates, batch, size)
+                    write_text(file, json.dumps({"case": case, "episodes": n, "seed": seed} | errors))
+                cells.append(json.loads(file.read_text()))
+            own = cells[-len(seeds):]
+            rows.append({"case": case, "episodes": n} | {
+                arm: float(np.mean([c[arm] for c in own])) for arm in ARMS if arm in own[0]})
+            print(f"{case}, {n} episodes: " + ", ".join(f"{a} {rows[-1][a]:.3f}" for a in ARMS if a in own[0]))
+            for new, old in (("frozen", "scratch"), ("frozen", "random"), ("tuned", "scratch")):
+                r, low, high, p = relative_change([c[new] for c in own], [c[old] for c in own])
+                rows[-1] |= {f"{new}_vs_{old}": r, f"{new}_vs_{old}_low": low, f"{new}_vs_{old}_high": high}
+                print(f"    {new} against {old}: {r:+.1%} [{low:+.1%}, {high:+.1%}]", flush=True)
+    words = {"win": "better", "loss": "worse", "tie": "undecided"}
+    said = [words[verdict(*(r["frozen_vs_scratch" + x] for x in ("", "_low", "_high")))] for r in rows]
+    print("Against training from scratch, the frozen bank is " + ", ".join(
+        f"{word} on {r['case']} with {r['episodes']} episodes" for word, r in zip(said, rows)) + ".")
+    write_table(rows, run.dir / "bodies.csv")
+    plot_bodies(cells, run.dir / "bodies.png")
+    return dict(describe(args), rows=rows, cells=cells)
+
+
 def cost(args, run, repeats=15):
     """Milliseconds of one update, in turn: single model, ED2 batched, ED2 as a loop over k separate models."""
     device, rows = torch.device(args.device), []
@@ -1804,10 +1975,6 @@ class LoopedRSSM(RSSM):
         return torch.stack(parts).mean(0)
 
 
-def bodies(args, run):
-    raise SystemExit('x')
-
-
 # ------------------------------------------------------------------------------------------------- reports and figures
 def describe(args):
     """What every results.json starts with."""
@@ -1899,6 +2066,30 @@ def plot_changes(result, path):
     ax.set_xticks(range(len(rows)), [r["task"] for r in rows], fontsize=8)
     ax.set_ylabel("change of error by ED2, %")
     ax.legend(fontsize=7)
+    fig.savefig(path, dpi=120)
+
+
+def plot_bodies(cells, path):
+    """Error against the number of episodes: one panel per case, one line per arm, one dot per seed."""
+    cases = list(dict.fromkeys(c["case"] for c in cells))
+    fig, ax = figure(4 * len(cases), 4.2)
+    ax.remove()
+    for ax, case in zip(fig.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases):
+        shots = sorted({c["episodes"] for c in cells if c["case"] == case})
+        for arm, label in ARMS.items():
+            y = np.array([[c.get(arm, math.nan) for c in cells if (c["case"], c["episodes"]) == (case, n)]
+                          for n in shots])  # (shots, seeds)
+            style = {"zero_shot": ":", "linear": "--", "persistence": "--"}.get(arm, "-")
+            color = {"zero_shot": "C4", "linear": "gray", "persistence": "silver"}.get(arm)
+            (line,) = ax.plot(shots, y.mean(1), style, label=label, color=color)
+            if style == "-":
+                ax.plot(shots, y, "o", ms=3, alpha=0.5, color=line.get_color())
+        ax.set(title=case, xlabel="episodes of the new task", xscale="log", yscale="log")
+        ax.set_xticks(shots, shots)
+        ax.set_yticks((0.1, 0.2, 0.5, 1, 2), (0.1, 0.2, 0.5, 1, 2))
+        ax.minorticks_off()
+    fig.axes[0].set_ylabel("error of state changes / variance")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     fig.savefig(path, dpi=120)
 
 
@@ -2012,7 +2203,8 @@ def check_args(args):
     kind = kinds[0] if kinds else "compare"
     both = kind in ("tables", "cost")  # backbones
     if both and (args.size or args.agg or args.data_dir):
-        raise SystemExit(f"--{kind} runs both backbones on its own data: leave --size, --agg and --data-dir out")
+        given = [f"--{x.replace('_', '-')} {getattr(args, x)}" for x in ("size", "agg", "data_dir") if getattr(args, x)]
+        raise SystemExit(f"--{kind} runs both backbones on its own data: leave {' and '.join(given)} out")
     if kind in ("discovery", "bodies", "online"):
         args = replace(args, wm="dreamerv3" if kind == "online" else "tdmpc2")
     if kind == "online" and args.eval_only and not args.checkpoint:
@@ -2027,7 +2219,7 @@ def check_args(args):
     task_facts(args.task)  # an unknown task ends here
     if not both:
         args = fill_budget(args, kind if kind == "online" else "compare")
-        sizes, least = (TDMPC2_SIZES, 1) if args.wm == "tdmpc2" else (DREAMER_SIZES, 9)
+        sizes, least = (TDMPC2_SIZES, 1) if args.wm == "tdmpc2" else (DREAMER_SIZES, 8)
         if args.size not in sizes:
             raise SystemExit(f"--size {args.size} with --wm {args.wm}: expected one of {', '.join(sizes)}")
         if args.length < least:
@@ -2035,7 +2227,7 @@ def check_args(args):
                              "a recording are not measured")
     for name in ("workers", "seeds", "updates", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise SystemExit(f"--{name} {getattr(args, name)}: expected at least 1")
+            raise SystemExit(f"--{name} {getattr(args, name)}: expected a whole number, at least 1")
     return args, kind
 
 

@@ -3349,7 +3349,7 @@ def test_ed2_few_updates_are_enough_for_a_number(settings, tug, small):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(size="25m", wm="dreamerv3"), ("--size 25m", "1m", "12m")), (dict(size="1m"), ("--size 1m", "1M", "5M")),
+    (dict(size="99m", wm="dreamerv3"), ("--size 99m", "1m", "12m")), (dict(size="1m"), ("--size 1m", "1M", "5M")),
     (dict(length=4, wm="dreamerv3"), ("--length 4",)), (dict(updates=0), ("--updates 0",)),
     (dict(mode="online", agg="hidden"), ("--agg hidden",)), (dict(eval_only=True, mode="online"), ("--checkpoint",)),
     (dict(mode="online", checkpoint="nowhere.pt", task="cup-catch"), ("nowhere.pt",))])
@@ -3365,3 +3365,75 @@ def test_ed2_online_takes_the_recurrent_aggregations(tug, small):
     args = ed2_args(mode="online", wm="dreamerv3", agg="blocks", updates=1, length=8, train_ratio=1)
     result = ed2.main(ed2.Args(resume=str(ed2_run(dataclasses.replace(args, wm="tdmpc2"), tug, inside=False))))
     assert len(result["returns"]) == 10
+
+
+def rows_of(O, A, n=64):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(n, O, generator=g), torch.rand(n, A, generator=g) * 2 - 1, torch.randn(n, O, generator=g)
+
+
+def test_ed2_bank_of_trunks_equals_a_loop_and_serves_every_robot():
+    torch.manual_seed(0)
+    bank = ed2.Bank(K=3, latent=8, width=16)
+    for A in (2, 5):
+        z, act, keys = torch.randn(7, 8), torch.randn(7, A), torch.randn(A, 16)
+        p = bank.assign(keys)
+        assert p.shape == (A, 3) and (p > 0).all() and torch.allclose(p.sum(1), torch.ones(A))
+        slow = []
+        for i in range(3):
+            own = slice(16 * i, 16 * i + 16)
+            x = z @ bank.w_z[:, own] + bank.bias[own]
+            for j in range(A):  # action j, as much of it as belongs to trunk i
+                x = x + p[j, i] * act[:, j:j + 1] * (keys[j] @ bank.w_a[:, own])
+            x = torch.nn.functional.mish(torch.nn.functional.layer_norm(x, (16,)) * bank.gain[i] + bank.shift[i])
+            x = x @ bank.second.weight[i] + bank.second.bias[i]
+            slow.append(torch.nn.functional.mish(
+                torch.nn.functional.layer_norm(x, (16,)) * bank.second.gain[i] + bank.second.shift[i]))
+        assert torch.allclose(bank(z, act, keys), torch.stack(slow).mean(0), atol=1e-6)
+
+
+def test_ed2_frozen_bank_stays_while_the_body_learns():
+    torch.manual_seed(0)
+    rows, bank = rows_of(5, 2), ed2.Bank(K=2, latent=8, width=8)
+    body = ed2.Body(bank, *rows)
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (bank, body)]
+    bank.requires_grad_(False)
+    ed2.fit_bank(bank, [(body, rows)], 20, 16, 0)
+    assert all(torch.equal(v, before[0][k]) for k, v in bank.state_dict().items())
+    learned = {"encoder.weight", "encoder.bias", "head.weight", "head.bias", "keys"}
+    assert {k for k, v in body.state_dict().items() if not torch.equal(v, before[1][k])} == learned
+    bank.requires_grad_(True)
+    ed2.fit_bank(bank, [(body, rows)], 20, 16, 0)
+    assert all(not torch.equal(v, before[0][k]) for k, v in bank.state_dict().items())
+
+
+def test_ed2_bodies_runs_end_to_end_and_goes_on_where_it_stopped(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for task, (O, A) in {"cheetah-run": (6, 3), "hopper-hop": (5, 2), "cheetah-run-backwards": (6, 3)}.items():
+        folder = tmp_path / "data" / task
+        for part in ("random", "replay"):
+            episodes = Episodes.create(folder / part, {task: (O, A, 40)})
+            M = rng.normal(size=(O + A, O)) * 0.05
+            for _ in range(9):
+                act = rng.uniform(-1, 1, (40, A))
+                obs = [rng.normal(size=O)]
+                for a in act:
+                    obs.append(0.95 * obs[-1] + np.r_[obs[-1], a] @ M)
+                episodes.append(task, np.array(obs, "f4"), act.astype("f4"), np.zeros(40, "f4"), np.zeros(40, bool))
+        (folder / "data.json").write_text("{}")
+    args, run = ed2.Args(bodies=True, seeds=2, workers=1, device="cpu"), types.SimpleNamespace(dir=tmp_path)
+    sizes = dict(cases={"cheetah-run-backwards": ("cheetah-run", "hopper-hop"), "hopper-hop": ("cheetah-run",)},
+                 shots=(1, 3), pretrain=20, updates=40, batch=16, K=2, latent=8, width=8)
+    first = ed2.bodies(args, run, **sizes)
+    assert len(first["rows"]) == 4 and len(first["cells"]) == 8
+    arms = ("frozen", "tuned", "scratch", "random", "linear", "persistence")
+    assert all(np.isfinite([r[arm] for arm in arms]).all() for r in first["rows"])
+    assert ["zero_shot" in r for r in first["rows"]] == [True, True, False, False]  # there, a known body
+    assert (tmp_path / "bodies.csv").read_text().count("\n") == 5 and (tmp_path / "bodies.png").stat().st_size > 5000
+    assert "the frozen bank is" in capsys.readouterr().out
+    file = tmp_path / "cells" / "hopper-hop_3_2.json"
+    file.unlink()  # killed before this cell: computed again, to the same numbers; the others are read
+    other = file.with_name("hopper-hop_3_1.json")
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"frozen": 7.0}))
+    again = ed2.bodies(args, run, **sizes)["cells"]
+    assert again[-1] == first["cells"][-1] and again[-2]["frozen"] == 7.0
