@@ -1524,9 +1524,9 @@ def compare(args, run):
     A = task_facts(args.task)[1]
     folder = run.dir / "data" / args.task
     random, _, notes = make_data(args.task, folder, args.data_steps, args.workers, args.data_dir)
-    search_ = [mean for mean, _ in notes.get("returns", [])]
+    means = [mean for mean, _ in notes.get("returns", [])]
     print(f"data: random actions return {notes['random_return']:.1f}; " + (
-        f"{len(search_)} rounds of search, mean return {search_[0]:.1f} to {search_[-1]:.1f}" if search_ else
+        f"{len(means)} rounds of search, mean return {means[0]:.1f} to {means[-1]:.1f}" if means else
         f"replay from {args.data_dir}"), flush=True)
     groups, log = find_partition(args.partition, args.task, random, eta=args.eta)
     groups = check_partition(groups, A)
@@ -2114,7 +2114,6 @@ def online(args, run):
         def count(g, w):
             return core_params(A, g, agg, w, shape["deter"], shape["hidden"], 32 * shape["classes"])
         groups, width = variant("ed2", groups, shape["deter"], count, args.seed)
-    print(f"groups {groups}, random policy {notes['random_return']:.1f}", flush=True)
     torch.manual_seed(args.seed)
     model = DreamerV3(O, A, **shape, groups=groups, agg=agg, width=width).to(device)
     agent = Agent(model, args.seed, args.lr, warmup=max(1, min(1000, args.updates // 10)),
@@ -2123,6 +2122,8 @@ def online(args, run):
         agent.load_state(torch.load(args.checkpoint, device, weights_only=True))
     if args.resume and (run.dir / "checkpoint.pt").exists():
         agent.load_state(run.load(device=device))
+    print(f"groups {groups}, {count_parameters(model):,} parameters, random policy {notes['random_return']:.1f}",
+          flush=True)
     began, start = time.time(), agent.steps
     total = round(args.updates * args.batch * args.length / args.train_ratio)
 
