@@ -2176,7 +2176,7 @@ BUDGETS = {
                                dict(updates=20_000, batch=16, length=64, lr=3e-4, size="12m")),
     ("tables", "tdmpc2"): (dict(updates=700, batch=64, length=3, lr=1e-3, size="1M"),
                            dict(updates=20_000, batch=256, length=3, lr=3e-4, size="5M")),
-    ("tables", "dreamerv3"): (dict(updates=250, batch=16, length=32, lr=2e-3, size="1m"),
+    ("tables", "dreamerv3"): (dict(updates=500, batch=16, length=32, lr=2e-3, size="1m"),
                               dict(updates=20_000, batch=16, length=64, lr=3e-4, size="12m")),
     ("full", "tdmpc2"): (dict(updates=1, batch=256, length=3, lr=3e-4, size="1M"),
                          dict(updates=1, batch=256, length=3, lr=3e-4, size="5M")),
