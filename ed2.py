@@ -2002,6 +2002,7 @@ def figure(width, height):
 
 def plot_horizons(by, wm, path):
     """Error against open-loop horizon: mean of the seeds as a line, each seed as a dot; naive predictions dashed."""
+    from matplotlib.ticker import LogLocator
     stem = "nmse" if wm == "dreamerv3" else "mse"
     fig, ax = figure(5, 3.6)
     first = by["single"][0]
@@ -2016,6 +2017,8 @@ def plot_horizons(by, wm, path):
             ax.plot(steps, y, "--", lw=1, color="gray" if naive == "linear" else "silver", label=naive)
     ax.set(xlabel="open-loop steps", ylabel="state error / variance" if stem == "nmse" else "latent mean squared error",
            xscale="log", yscale="log", xticks=steps, xticklabels=steps)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.legend(fontsize=8)
     fig.savefig(path, dpi=120)
@@ -2097,7 +2100,7 @@ def plot_curve(curve, random, task, path):
     fig, ax = figure(5, 3.4)
     ax.plot([row[0] for row in curve], [row[3] for row in curve], "o-", ms=3, lw=1)
     ax.axhline(random, ls="--", color="gray", lw=1, label="random policy")
-    ax.set(xlabel="agent steps (2 environment steps each)", ylabel=f"return on {task}, stochastic policy")
+    ax.set(xlabel="agent steps (2 environment steps each)", ylabel="return of the stochastic policy", title=task)
     ax.legend(fontsize=8)
     fig.savefig(path, dpi=120)
 
