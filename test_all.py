@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1886,12 +1887,19 @@ def test_published_chunks_train_a_model_and_one_policy(tmp_path, monkeypatch):
 
 def test_readme_commands_parse_and_its_files_exist():
     text = Path(HERE, "README.md").read_text()
-    commands = [line.split("#")[0].split() for block in text.split("```")[1::2] for line in block.splitlines()
-                if line.strip().startswith(("python pwm.py", "torchrun"))]
-    assert len(commands) >= 5
-    for words in commands:
-        args = tyro.cli(pwm.Args, args=words[words.index("pwm.py") + 1:])
-        assert isinstance(args, pwm.Args)
+    scripts = {"pwm.py": pwm, "ed2.py": ed2}
+    parsed = []
+    for line in [line for block in text.split("```")[1::2] for line in block.splitlines()]:
+        words = line.split("#")[0].split("&&")[-1].split()
+        for name in scripts.keys() & set(words):
+            parsed.append(name)
+            args = tyro.cli(scripts[name].Args, args=words[words.index(name) + 1:])
+            assert isinstance(args, scripts[name].Args)
+    assert all(parsed.count(name) >= 5 for name in scripts)
+    files = set(re.findall(r"results/\w+\.\w+", text))
+    assert len(files) > 20
+    for name in files:
+        assert Path(HERE, name).exists(), name
 
 
 def test_readmes_own_task_and_own_data_run(tmp_path, monkeypatch):
