@@ -595,7 +595,10 @@ class Frames:
             _check_room(self.path, need, f"a replay of {K} x {N:,} frames")
             for name, (shape, dtype) in layout.items():
                 file = self.path / f"{name}.npy"
-                x = np.lib.format.open_memmap(file, "w+" if name in new else "r+", dtype, shape if name in new else None)
+                x = np.lib.format.open_memmap(file, "w+" if name in new else "r+", dtype, shape)
+                if name in new:                    # reserve the space: a map that finds the disk full kills the process
+                    with open(file, "r+b") as f:
+                        os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
                 if x.shape != shape or x.dtype != dtype:
                     raise SystemExit(f"{file} holds {x.dtype} {x.shape}; expected {np.dtype(dtype)} {shape}: choose "
                                      "another folder")
@@ -614,11 +617,11 @@ class Frames:
                 getattr(self, name).flush()
 
     def sample(self, B, L, rng, device="cpu", tasks=None):
-        """Uniform windows of L steps for each of `tasks`: obs (k,B,L,size,size,3) uint8, act (k,B,L,A), rew, term, first
-        (k,B,L). They may cross the ends of episodes."""
+        """Uniform windows of L steps for each of `tasks`: obs (k,B,L,size,size,3) uint8, act (k,B,L,A), rew, term and
+        first (k,B,L). They may cross the ends of episodes."""
         if L > self.count:
-            raise SystemExit(f"{self.path} has {self.count} steps per task, fewer than the {L} of a window: collect more "
-                             "random steps first, or sample shorter sequences")
+            raise SystemExit(f"{self.path} has {self.count} steps per task, fewer than the {L} of a window: collect "
+                             "more random steps first, or sample shorter sequences")
         rows = np.arange(len(self.rew)) if tasks is None else np.asarray(tasks)
         start = rng.integers(self.count - L + 1, size=(len(rows), B, 1))
         at = rows[:, None, None], start + np.arange(L)
