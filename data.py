@@ -616,14 +616,14 @@ class Frames:
             for name in ("obs", "act", "rew", "term", "first"):
                 getattr(self, name).flush()
 
-    def sample(self, B, L, rng, device="cpu", tasks=None):
-        """Uniform windows of L steps for each of `tasks`: obs (k,B,L,size,size,3) uint8, act (k,B,L,A), rew, term and
-        first (k,B,L). They may cross the ends of episodes."""
-        if L > self.count:
-            raise SystemExit(f"{self.path} has {self.count} steps per task, fewer than the {L} of a window: collect "
-                             "more random steps first, or sample shorter sequences")
+    def sample(self, B, L, rng, device="cpu", tasks=None, since=0):
+        """Uniform windows of L steps, none from before row `since`, for each of `tasks`: obs (k,B,L,size,size,3)
+        uint8, act (k,B,L,A), rew, term and first (k,B,L). They may cross the ends of episodes."""
+        if L > self.count - since:
+            raise SystemExit(f"{self.path} has {self.count - since} steps per task, fewer than the {L} of a window: "
+                             "collect more random steps first, or sample shorter sequences")
         rows = np.arange(len(self.rew)) if tasks is None else np.asarray(tasks)
-        start = rng.integers(self.count - L + 1, size=(len(rows), B, 1))
+        start = rng.integers(since, self.count - L + 1, size=(len(rows), B, 1))
         at = rows[:, None, None], start + np.arange(L)
         return [torch.from_numpy(np.asarray(x[at])).to(device, non_blocking=True)
                 for x in (self.obs, self.act, self.rew, self.term, self.first)]

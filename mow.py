@@ -1,27 +1,28 @@
 """MoW: one agent for many pixel tasks, a mixture of world models in one file.  STORM is its single-task case.
 
 The idea ("Mixture-of-World Models: Scaling Multi-Task Reinforcement Learning with Modular Latent Dynamics", arXiv
-2602.01270): one agent learns many games at once in the imagination of one world model. Images differ most, so that tasks
-are clustered by their gradients after a warm-up and every cluster gets its own VAE, predictors and critic. Dynamics
-share more: a router picks a few expert Transformers per task (never per token, so that an expert sees whole sequences),
-and a shared Transformer reads what they say. One actor serves all tasks. With one task, one cluster and one expert this
-is STORM (arXiv 2310.09615), `--storm`.
+2602.01270): one agent learns many games at once in the imagination of one world model. Images differ most, so tasks are
+clustered by their gradients after a warm-up, and every cluster gets its own VAE, predictors and critic. Dynamics share
+more: a router picks a few expert Transformers per task (never per token, so that an expert sees whole sequences), and a
+shared Transformer reads what they say. One actor serves all tasks. With one task, one cluster and one expert this is
+STORM (arXiv 2310.09615), `--storm`.
 
     python mow.py                                        # Boxing, Krull and RoadRunner
     python mow.py --task Boxing --storm                  # the single-task baseline
     python mow.py --task atari26 --cluster-only          # only: which of the 26 games are alike?
 
 Copy me together with envs.py and data.py. Shapes: K tasks, B sequences, L steps, C context, H horizon, I imagined
-roll-outs, Z = groups x classes of the latent z, D width of h, A actions, E embedding, n experts per task (topk), N rows.
+roll-outs, R environments or rows, Z = groups x classes of the latent z, D width of h, A actions, E embedding, n experts
+per task (topk); stacked layers take G rows of input with layer which[g] each. Tasks come first, time after sequences.
 h_t reads z_1..t and a_1..t; it predicts the reward and the end that a_t brings, and z_t+1. The agent sees [z_t, h_t-1].
 
 The body of the MoW paper is not public at the time of writing: what is known is the architecture, the losses and 12
 clusters and 12 experts for 26 games. All that is listed here is our choice, never the paper's.
 Deviations and choices:
- 1. Everything the paper leaves open follows STORM's paper and released code: networks, losses, learning rates, imagination.
+ 1. What the paper leaves open follows STORM's paper and released code: networks, losses, learning rates, imagination.
  2. The task embedding (64 numbers of norm 1) is appended to the input of every module but the convolutions.
- 3. Router: an MLP on the embedding; the temperature falls from 5 to 1 in the first quarter of the run, with Gumbel noise
-    of scale (tau - 1) / 4 while the world model trains, since the choice of the largest alone does not feel a temperature.
+ 3. Router: an MLP on the embedding; the temperature falls from 5 to 1 in the first quarter of the run, with Gumbel
+    noise of scale (tau - 1) / 4 while the world model trains: which scores are largest does not depend on temperature.
  4. Concatenated experts give the router no gradient: each output is multiplied by w + sg(1 - w), whose value is 1
     (--gate none: without). Chosen experts are concatenated in ascending order, not by score.
  5. The balance loss compares n softmax(..) with its target K n / N_experts (both sum to K n) and is divided by K^2.
@@ -39,6 +40,7 @@ Deviations and choices:
 import copy
 import csv
 import difflib
+import io
 import json
 import math
 import os
@@ -82,9 +84,11 @@ class Args:
     eval_only: bool = False
     """with --checkpoint: only play the agent"""
     cluster_only: bool = False
-    """only warm-up and clustering, for --cluster-seeds seeds: silhouette, adjusted Rand index between seeds"""
-    cluster_seeds: int = 3
-    """seeds of --cluster-only"""
+    """only warm-up and clustering, for --seeds seeds: silhouette, adjusted Rand index between seeds"""
+    experiment: Literal["clusters", "experts", "monolith", "cost"] | None = None
+    """a study instead of a run: number of clusters, experts and losses, one big model, or the time of an update"""
+    seeds: int = 3
+    """seeds of --cluster-only and --experiment: seed, seed + 1, .."""
     capture_video: bool = False
     """what the agent sees in one evaluation episode of every task, as mp4"""
     track: bool = False
@@ -190,15 +194,15 @@ class Args:
 
 
 PRESETS = {
-    "full": dict(steps=100_000, random_steps=1024, warmup=5000, train_every=1, batch=16, length=64, rollouts=256, context=8,
-                 horizon=16, lr=1e-4, agent_lr=3e-5, eval_episodes=20, stem=32, latents=32, classes=32, width=512, heads=8,
-                 expert_layers=2, shared_layers=2, hidden=512, emb=64, clusters=12, experts=12, topk=2),
-    "mid": dict(steps=50_000, random_steps=1024, warmup=2000, train_every=2, batch=8, length=32, rollouts=128, context=8,
-                horizon=15, lr=2e-4, agent_lr=1e-4, eval_episodes=10, stem=16, latents=32, classes=32, width=256, heads=8,
-                expert_layers=2, shared_layers=2, hidden=256, emb=64, clusters=3, experts=6, topk=2),
-    "smoke": dict(steps=2500, random_steps=400, warmup=300, train_every=1, batch=4, length=16, rollouts=32, context=4,
-                  horizon=8, lr=1e-3, agent_lr=3e-4, eval_episodes=4, stem=8, latents=16, classes=16, width=64, heads=4,
-                  expert_layers=1, shared_layers=1, hidden=64, emb=16, clusters=2, experts=3, topk=2)}
+    "full": dict(steps=100_000, random_steps=1024, warmup=5000, train_every=1, batch=16, length=64, rollouts=256,
+                 context=8, horizon=16, lr=1e-4, agent_lr=3e-5, eval_episodes=20, stem=32, latents=32, classes=32,
+                 width=512, heads=8, expert_layers=2, shared_layers=2, hidden=512, emb=64, clusters=12, experts=12, topk=2),
+    "mid": dict(steps=50_000, random_steps=1024, warmup=2000, train_every=2, batch=8, length=32, rollouts=128,
+                context=8, horizon=15, lr=2e-4, agent_lr=1e-4, eval_episodes=10, stem=16, latents=32, classes=32,
+                width=256, heads=8, expert_layers=2, shared_layers=2, hidden=256, emb=64, clusters=3, experts=6, topk=2),
+    "smoke": dict(steps=2500, random_steps=400, warmup=300, train_every=1, batch=4, length=16, rollouts=32,
+                  context=4, horizon=8, lr=1e-3, agent_lr=3e-4, eval_episodes=4, stem=8, latents=16, classes=16,
+                  width=64, heads=4, expert_layers=1, shared_layers=1, hidden=64, emb=16, clusters=2, experts=3, topk=2)}
 WINDOW = 16  # past steps that the acting agent remembers
 MOW_MEAN_HNS, STORM_MEAN_HNS = 1.104, 1.142  # published means over 26 games: MoW, and 26 STORMs by MoW's authors
 STORM_RETURN = {  # STORM's published mean return per game (5 seeds, one agent per game, released results)
@@ -323,7 +327,7 @@ def cluster_tasks(grads, n):
     """
     K = len(grads)
     if not 1 <= n <= K:
-        raise SystemExit(f"cluster_tasks got {K} tasks and n={n} clusters; expected 1 to {K}: type a smaller --clusters")
+        raise SystemExit(f"cluster_tasks got {K} tasks and n={n} clusters; expected 1 to {K}: type fewer --clusters")
     sim, groups, cap = task_similarity(grads), [[k] for k in range(K)], math.ceil(1.5 * K / n)
     while len(groups) > n:
         pairs = [(i, j) for i in range(len(groups)) for j in range(i + 1, len(groups))]
@@ -414,8 +418,8 @@ class Block(nn.Module):
         self.norm1, self.norm2 = StackNorm(N, width, 1e-6), StackNorm(N, width, 1e-6)
 
     def forward(self, x, which, mask, cache=None, pos=None):
-        """mask (G*R, 1, L, T) of keys that a query may see. cache (2, G*R, heads, T, d) holds earlier keys and values; the
-        L tokens of x stand at positions pos (L,) and are written there."""
+        """mask (G*R, 1, L, T) of keys that a query may see. cache (2, G*R, heads, T, d) holds earlier keys and values;
+        the L tokens of x stand at positions pos (L,) and are written there."""
         G, R, L, D = x.shape
         p = self.dropout if self.training else 0.0
         x = x.flatten(1, 2)
@@ -629,7 +633,7 @@ def to_images(obs):
 
 
 def episode_mask(first, pos, reset_mask=True):
-    """Which keys the queries at positions pos (L,) may see: not later, same episode. first (K, B, T) -> (K, B, L, T)."""
+    """Which keys queries at positions pos (L,) may see: not later, same episode. first (K, B, T) -> (K, B, L, T)."""
     part = first.long().cumsum(-1) * reset_mask
     past = pos[:, None] >= torch.arange(first.shape[-1], device=first.device)
     return past & (part[:, :, pos, None] == part[:, :, None])
@@ -708,8 +712,9 @@ def imagine(wm, actor, z, act, first, horizon, tau, step=imagine_step, reset_mas
 
 
 def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, gamma, lam, entropy, compat):
-    """REINFORCE with a lambda-return baseline and percentile scale per task; two-hot critics that also follow the return
-    of their slow copies. low, high (K,): running percentiles, NaN before the first. -> loss, their new values, metrics."""
+    """REINFORCE on lambda-returns with the critic as baseline and a percentile scale per task; two-hot critics that also
+    follow the returns of their slow copies. x (K, I, H+1, ·), act (K, I, H, A), rew, done (K, I, H); low, high (K,) are
+    running percentiles, NaN before the first. -> loss, new low and high, metrics."""
     K, I, H = rew.shape
     flat = x.flatten(1, 2)
     logits = critic(flat, cluster_of).view(K, I, H + 1, BINS).float()
@@ -763,6 +768,7 @@ class Agent:
             K, A, args.clusters, args.experts, args.topk, args.emb, args.stem, args.latents, args.classes, args.width,
             args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm,
             max_len=max(args.length, args.context + args.horizon + 1, WINDOW)).to(device)
+        self.wm.vaes.to(memory_format=torch.channels_last)  # of images and kernels: faster convolutions
         self.Z = args.latents * args.classes
         i = self.Z + args.width + args.emb
         self.actor = Actor(i, args.hidden, legal, continuous, n_cont).to(device)
@@ -772,9 +778,9 @@ class Agent:
         self.mean_loss, self.low, self.high = (torch.full((K,), math.nan, device=device) for _ in range(3))
         self.opt = torch.optim.Adam([{"params": list(self.wm.parameters())},
                                      {"params": [self.sigma], "lr": 1e-2}], args.lr, fused=True)
-        self.agent_opt = torch.optim.Adam([*self.actor.parameters(), *self.critic.parameters()], args.agent_lr, eps=1e-5,
-                                          fused=True)
-        self.anneal = max(1, (args.warmup + (args.steps - args.random_steps) // args.train_every) // 4)
+        self.agent_params = [*self.actor.parameters(), *self.critic.parameters()]
+        self.agent_opt = torch.optim.Adam(self.agent_params, args.agent_lr, eps=1e-5, fused=True)
+        self.anneal = max(1, total_updates(args) // 4)
         compiler = torch.compile if args.compile else lambda f: f
         self.world_loss, self.imagine_step, self.agent_loss, self.act = (
             compiler(f) for f in (world_model_loss, imagine_step, agent_loss, act))
@@ -815,7 +821,8 @@ class Agent:
         tau = self.temperature()
         row = torch.randint(B, (K, I, 1), generator=generator).to(self.device)
         start = torch.randint(L - a.context + 1, (K, I, 1), generator=generator).to(self.device)
-        at = torch.arange(K, device=self.device)[:, None, None], row, start + torch.arange(a.context, device=self.device)
+        steps = start + torch.arange(a.context, device=self.device)
+        at = torch.arange(K, device=self.device)[:, None, None], row, steps
         self.wm.eval()
         with self.autocast():
             rolled = imagine(self.wm, self.actor, z[at], act[at], first[at], a.horizon, tau, self.imagine_step,
@@ -825,7 +832,7 @@ class Agent:
                 a.entropy, a.lambda_compat)
         self.agent_opt.zero_grad(set_to_none=True)
         loss.backward()
-        metrics["agent_grad_norm"] = nn.utils.clip_grad_norm_([*self.actor.parameters(), *self.critic.parameters()], 100.0)
+        metrics["agent_grad_norm"] = nn.utils.clip_grad_norm_(self.agent_params, 100.0)
         self.agent_opt.step()
         torch._foreach_lerp_(list(self.slow.parameters()), list(self.critic.parameters()), 0.02)
         return metrics
@@ -864,8 +871,8 @@ class Agent:
 
     @torch.no_grad()
     def spread(self, labels):
-        """Give every task its cluster, and every cluster a copy of module 0 with its Adam moments: a fresh optimiser would
-        take far too large first steps."""
+        """Give every task its cluster, and every cluster a copy of module 0 with its Adam moments: a fresh optimiser
+        would take far too large first steps."""
         self.wm.assign(labels)
         for vae in self.wm.vaes[1:]:
             vae.load_state_dict(self.wm.vaes[0].state_dict())
@@ -947,9 +954,8 @@ def find_clusters(agent, frames, note=print):
 class Player:
     """The training environments: one step of every task per sweep, into `frames`, while the caller trains."""
 
-    def __init__(self, agent, fleet, frames, tasks):
-        self.agent, self.fleet, self.frames, self.tasks = agent, fleet, frames, tasks
-        K = len(tasks)
+    def __init__(self, agent, fleet, frames):
+        self.agent, self.fleet, self.frames, K = agent, fleet, frames, agent.K
         self.memory, self.first, self.finished = agent.memory(1), [True] * K, []
         self.episode, self.ret, self.success = [0] * K, [0.0] * K, [0.0] * K
         self.obs = None
@@ -961,7 +967,8 @@ class Player:
         """Start all episodes, or after a restart bring them back to where they were by playing the stored actions."""
         start = [self.frames.count if new else int(np.flatnonzero(f[:self.frames.count])[-1])
                  for new, f in zip(self.first, self.frames.first)]
-        past = [[env_action(self.agent, a) for a in acts[s:self.frames.count]] for s, acts in zip(start, self.frames.act)]
+        past = [[env_action(self.agent, a) for a in acts[s:self.frames.count]]
+                for s, acts in zip(start, self.frames.act)]
         self.obs = np.stack(self.fleet.reset([self.seed(k) for k in range(len(past))], past))
 
     def send(self, sweep, random):
@@ -972,7 +979,8 @@ class Player:
         else:
             action, self.memory = self.agent.play(self.obs[:, None], self.memory, seed)
             self.action = action[:, 0]
-        self.fleet.send([env_action(self.agent, a) for a in self.action], [self.seed(k, 1) for k in range(len(self.obs))])
+        self.fleet.send([env_action(self.agent, a) for a in self.action],
+                        [self.seed(k, later=1) for k in range(len(self.obs))])
 
     def receive(self, sweep):
         """Store what came of it."""
@@ -1006,7 +1014,7 @@ def env_action(agent, a):
 
 
 def evaluate(agent, tasks, options, episodes, seed, video=None):
-    """Sampled actions in whole episodes -> per task [(return, success)]; frames of one episode go to video(task, ..)."""
+    """Sampled actions in whole episodes -> per task [(return, success)]; one episode's frames go to video(task, ..)."""
     K, R = len(tasks), min(episodes, 4)
     quota = [episodes // R + (r < episodes % R) for r in range(R)]  # fixed per environment: no bias to short episodes
     seeds = np.array([[[draw_seed(seed, 5, k, r, i) % 2**31 for i in range(quota[r] + 1)] for r in range(R)]
@@ -1055,23 +1063,25 @@ def open_loop(agent, batch, context):
 
 
 @torch.no_grad()
-def fidelity(agent, frames, batches=8):
-    """How good the world model is, per task: PSNR of reconstructions and of open-loop imagination, dynamics KL."""
+def fidelity(agent, frames, since=0, batches=8):
+    """How good the world model is per task, on the frames from row `since` on: PSNR of reconstructions and of open-loop
+    imagination, dynamics KL."""
     a, rows = agent.args, []
     for i in range(batches):
         torch.manual_seed(draw_seed(a.seed, 7, i))
-        batch = frames.sample(a.batch, a.length, np.random.default_rng([a.seed, 7, i]), agent.device)
+        batch = frames.sample(a.batch, a.length, np.random.default_rng([a.seed, 7, i]), agent.device, since=since)
         real, rebuilt, dreamt = open_loop(agent, batch, a.context)
         losses, more = world_model_loss(agent.wm, *batch, agent.temperature(), 0.0, a.gate, a.reset_mask)
         psnr, dream = (-10 * (y - real).square().mean((-3, -2, -1)).clamp(min=1e-8).log10() for y in (rebuilt, dreamt))
-        rows.append(torch.stack([psnr.mean((1, 2)), dream[:, :, a.context:].mean((1, 2)), more["dyn_raw"], losses["rec"]]))
+        dream = dream[:, :, a.context:]
+        rows.append(torch.stack([psnr.mean((1, 2)), dream.mean((1, 2)), more["dyn_raw"], losses["rec"]]))
     names = ("psnr", "open_loop_psnr", "dyn_kl", "rec")
     return {name: x.tolist() for name, x in zip(names, torch.stack(rows).mean(0))}
 
 
 @torch.no_grad()
 def routing_facts(agent):
-    """Who uses what: scores S (K, experts), chosen experts, entropy of their use in nats, dead ones, I(task; expert)."""
+    """Who uses what: scores S (K, experts), chosen experts, entropy of their use (nats), dead ones, I(task; expert)."""
     S, J, _ = agent.wm.routing(agent.wm.embedding(), agent.temperature())
     N = S.shape[1]
     chosen = F.one_hot(J, N).sum(1).double() / J.shape[1]                              # (K, N), p(expert | task)
@@ -1132,6 +1142,29 @@ def plot_routing(facts, labels, tasks, path):
     fig.savefig(path, dpi=120)
 
 
+def plot_similarity(sim, labels, tasks, path):
+    """Cosine of every two tasks' gradients, tasks in the order of their clusters, which are framed."""
+    order = np.argsort(labels, kind="stable")
+    fig, axes = figure(2.8 + 0.24 * len(tasks), 1.8 + 0.22 * len(tasks))
+    off = sim[~np.eye(len(tasks), dtype=bool)]
+    image = axes[0, 0].imshow(sim[np.ix_(order, order)], cmap="Blues", vmin=min(0, off.min()), vmax=off.max())
+    names = [f"{tasks[k]} ({labels[k] + 1})" for k in order]
+    axes[0, 0].set_yticks(range(len(tasks)), names, fontsize=8)
+    axes[0, 0].set_xticks(range(len(tasks)), names, fontsize=8, rotation=90)
+    edge = 0
+    for c in sorted(set(labels)):
+        n = labels.count(c)
+        axes[0, 0].add_patch(plt_rectangle(edge - 0.5, n))
+        edge += n
+    fig.colorbar(image, label="cosine of gradients")
+    fig.savefig(path, dpi=110)
+
+
+def plt_rectangle(at, n):
+    from matplotlib.patches import Rectangle
+    return Rectangle((at, at), n, n, fill=False, ec="C1", lw=1.5)
+
+
 def plot_curve(history, finished, tasks, path):
     """Losses of the world model over updates, and returns over agent steps."""
     fig, axes = figure(11, 3.4, 1, 3)
@@ -1155,6 +1188,274 @@ def plot_curve(history, finished, tasks, path):
     if len(tasks) <= 12:
         axes[0, 0].legend(fontsize=7)
     fig.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------------------- studies
+def random_frames(args, tasks, run):
+    """Random play of all tasks, the same for every cell of a study -> (frames, legal actions)."""
+    with Fleet(tasks, task_options(args, tasks)) as fleet:
+        agent = make_agent(args, tasks, fleet.legal, torch.device("cpu"))
+        frames = Frames(run.dir / f"frames_{args.seed}", len(tasks), args.random_steps, agent.A)
+        player = Player(agent, fleet, frames)
+        player.begin()
+        for sweep in range(args.random_steps):
+            player.send(sweep, random=True)
+            player.receive(sweep)
+        return frames, fleet.legal
+
+
+def cells(run, names, work):
+    """{name: work(name)}; each is kept in a file of its own, so that a resumed study goes on where it was."""
+    (run.dir / "cells").mkdir(exist_ok=True)
+    out = {}
+    for name in names:
+        file = run.dir / "cells" / f"{name}.json"
+        if not file.exists():
+            began = time.time()
+            write_text(file, json.dumps(work(name) | {"cell": name, "seconds": round(time.time() - began, 1)}))
+        out[name] = json.loads(file.read_text())
+    return out
+
+
+def cluster_only(args, tasks, run):
+    """Warm-up and clustering alone, for several seeds of data and networks: are clusters stable, and how long must the
+    warm-up be? Silhouette and adjusted Rand index between seeds, and between half and all of the warm-up."""
+    K = len(tasks)
+    counts = sorted({n for n in (2, 3, 6, 12, 24) if n < K} | {args.clusters})
+
+    def work(name):
+        a = replace(args, seed=int(name))
+        frames, legal = random_frames(a, tasks, run)
+        agent, found = make_agent(a, tasks, legal, torch.device(a.device)), {}
+        log = Log(a, agent, run, [], a.warmup)
+        for share in ("half", "all"):
+            while agent.updates < (a.warmup if share == "all" else a.warmup // 2):
+                metrics = agent.update(frames, learn_to_act=False)
+                if agent.updates % 50 == 0 or agent.updates in (1, 10):
+                    log.note(metrics, a.random_steps, phase=f"seed {name}")
+            grads = task_gradients(agent, frames)
+            sim = task_similarity(grads)
+            found[share] = {"similarity": sim.tolist(), "labels": {n: cluster_tasks(grads, n) for n in counts}}
+            found[share]["silhouette"] = {n: silhouette(sim, labels) for n, labels in found[share]["labels"].items()}
+        return found
+
+    found = list(cells(run, [str(args.seed + i) for i in range(args.seeds)], work).values())
+    rows = []
+    for n in map(str, counts):
+        labels = [f["all"]["labels"][n] for f in found]
+        rows.append({"clusters": int(n), "silhouette": float(np.mean([f["all"]["silhouette"][n] for f in found])),
+                     "ari_seeds": mean_ari([(p, q) for i, p in enumerate(labels) for q in labels[:i]]),
+                     "ari_half_warmup": mean_ari([(f["half"]["labels"][n], f["all"]["labels"][n]) for f in found])})
+    print(f"\n{'clusters':>8}{'silhouette':>12}{'ARI, seeds':>12}{'ARI, half the warm-up':>23}   ({len(found)} seeds, "
+          f"{args.warmup} updates)")
+    for r in rows:
+        print(f"{r['clusters']:8}{r['silhouette']:12.3f}" + "".join(
+            f"{'-' if r[x] is None else f'{r[x]:.3f}':>{w}}" for x, w in (("ari_seeds", 12), ("ari_half_warmup", 23))))
+    write_csv(run.dir / "results.csv", rows)
+    labels = found[0]["all"]["labels"][str(args.clusters)]
+    sim = np.mean([f["all"]["similarity"] for f in found], 0)
+    plot_similarity(sim, labels, tasks, run.dir / "clusters.png")
+    for c in sorted(set(labels)):
+        print(f"cluster {c + 1} (seed {args.seed}): {', '.join(t for t, label in zip(tasks, labels) if label == c)}")
+    return {"args": asdict(args), "rows": rows, "seeds": found}
+
+
+def mean_ari(pairs):
+    """Mean adjusted Rand index of pairs of labelings, None if there are none."""
+    return float(np.mean([adjusted_rand(p, q) for p, q in pairs])) if pairs else None
+
+
+def study_cells(args, K, A):
+    """Variants of one study: {name: changed arguments}. `random` in a name: tasks in random clusters of equal size."""
+    if args.experiment == "clusters":
+        counts = [n for n in (1, 2, 3, 6, 12) if n <= K]
+        return ({f"clusters{n}": dict(clusters=n) for n in counts}
+                | {f"clusters{n}random": dict(clusters=n) for n in counts if 1 < n < K})
+    if args.experiment == "experts":
+        return ({f"experts{n}": dict(experts=n) for n in (3, 6, 12)}
+                | {"no_balance": dict(balance=0.0), "gate_none": dict(gate="none"), "no_shared": dict(shared_layers=0),
+                   "no_task_loss": dict(task_coef=0.0), "harmony_off": dict(harmony="off")})
+    one = dict(clusters=1, experts=1, topk=1)  # monoliths: widen the Transformers until parameters or products agree
+    widths = [args.heads * i for i in range(1, 1 + 16 * args.width // args.heads)]
+
+    def closest(cost):
+        target = cost(args)
+        return min(widths, key=lambda w: abs(cost(replace(args, **one, width=w)) - target))
+
+    return {"mow": {}, "monolith": one,
+            "monolith_flops": one | dict(width=closest(lambda a: sum(products(a, A).values()))),
+            "monolith_params": one | dict(width=closest(lambda a: parameters(a, K, A)))}
+
+
+def compare(args, tasks, run):
+    """--experiment clusters, experts, monolith: world models on the same random play, judged on its last fifth. Every
+    cell has the same number of updates; no agent is trained."""
+    data, rows = {}, []
+
+    def work(name):
+        variant, seed = name.rsplit("_s", 1)
+        a = replace(args, seed=int(seed))
+        if seed not in data:
+            data.clear()
+            data[seed] = random_frames(a, tasks, run)
+        frames, legal = data[seed]
+        a = replace(a, **variants[variant])
+        agent, n = make_agent(a, tasks, legal, torch.device(a.device)), args.random_steps
+        frames.count, total = n * 4 // 5, total_updates(a)
+        log = Log(a, agent, run, [], total)
+        while agent.updates < total:
+            if agent.updates == a.warmup and a.clusters > 1:
+                if "random" in name:
+                    agent.spread(np.random.default_rng(int(seed)).permutation(np.arange(len(tasks)) % a.clusters))
+                else:
+                    find_clusters(agent, frames)
+            metrics = agent.update(frames, learn_to_act=False)
+            if agent.updates % 100 == 0:
+                log.note(metrics, n, phase=name)
+        frames.count = n
+        return fidelity(agent, frames, n * 4 // 5) | routing_facts(agent) | {
+            "variant": variant, "labels": list(agent.wm.labels), "drop_one": drop_one(agent, frames),
+            "parameters": sum(p.numel() for p in agent.wm.parameters()),
+            "products": sum(products(a, agent.A).values())}
+
+    A = (18 if any(t in ATARI26 for t in tasks) else 0) + (4 if any(t in METAWORLD50 for t in tasks) else 0)
+    variants = study_cells(args, len(tasks), A)
+    found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in variants], work)
+    for v in variants:
+        mine = [f for f in found.values() if f["variant"] == v]
+        row = {"variant": v, "parameters": mine[0]["parameters"], "products_per_frame": mine[0]["products"]}
+        for x in ("psnr", "open_loop_psnr", "dyn_kl", "usage_entropy", "dead_experts", "mutual_information"):
+            values = [float(np.mean(f[x])) for f in mine]
+            row |= {x: float(np.mean(values)), f"{x}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+        rows.append(row)
+    write_csv(run.dir / "results.csv", rows)
+    print(f"\n{args.experiment}, {args.seeds} seeds, {total_updates(args)} updates, held-out random play\n{'variant':22}"
+          f"{'parameters':>12}{'PSNR':>8}{'open loop':>11}{'+-':>6}{'KL':>7}{'dead':>6}{'I(task;expert)':>16}")
+    for r in rows:
+        sd = "-" if r["open_loop_psnr_sd"] is None else f"{r['open_loop_psnr_sd']:.2f}"
+        print(f"{r['variant']:22}{r['parameters']:12,}{r['psnr']:8.2f}{r['open_loop_psnr']:11.2f}{sd:>6}"
+              f"{r['dyn_kl']:7.3f}{r['dead_experts']:6.1f}{r['mutual_information']:16.3f}")
+    return {"args": asdict(args), "rows": rows, "cells": found}
+
+
+@torch.no_grad()
+def drop_one(agent, frames):
+    """How much each task's dynamics KL rises when one expert's output is zero: (experts, K)."""
+    base, out = np.array(fidelity(agent, frames, batches=4)["dyn_kl"]), []
+    last = agent.wm.experts.blocks[-1].norm2
+    for j in range(agent.args.experts):
+        kept = last.gain[j].clone(), last.shift[j].clone()
+        last.gain[j], last.shift[j] = 0.0, 0.0
+        out.append((np.array(fidelity(agent, frames, batches=4)["dyn_kl"]) - base).tolist())
+        last.gain[j], last.shift[j] = kept
+    return out
+
+
+def parameters(args, K, A):
+    """Parameters of the world model, without making it."""
+    with torch.device("meta"):
+        wm = WorldModel(K, A, args.clusters, args.experts, args.topk, args.emb, args.stem, args.latents, args.classes,
+                        args.width, args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm)
+    return sum(p.numel() for p in wm.parameters())
+
+
+def products(args, A):
+    """Multiply-adds per frame: {encoder, decoder, dynamics, heads}; one is two floating-point operations."""
+    c, D, E, Z, H, n = args.stem, args.width, args.emb, args.latents * args.classes, args.hidden, args.topk
+    convs = sum(16 * a * b * side**2 for a, b, side in ((3, c, 32), (c, 2 * c, 16), (2 * c, 4 * c, 8), (4 * c, 8 * c, 4)))
+    linear, block = (128 * c + E) * Z, 8 * D * D + 2 * args.length * D
+    shared = ((n * D + E) * D if args.shared_layers or n > 1 else 0) + args.shared_layers * block
+    return {"encoder": convs + linear, "decoder": convs + linear,
+            "dynamics": n * ((Z + A + E) * D + D * D + args.expert_layers * block) + shared,
+            "heads": (D + E) * (Z + 2 * H) + 2 * H * H + (BINS + 1) * H}
+
+
+def work_of_update(args, A):
+    """Floating-point operations of one update, per task; a backward pass costs two forward passes."""
+    p, H = products(args, A), args.hidden
+    frames, steps = args.batch * args.length, args.rollouts * (args.context + args.horizon + 1)
+    agent = (args.latents * args.classes + args.width + args.emb) * H + H * H
+    encode = args.rollouts * args.context * p["encoder"] if args.fresh_contexts else 0
+    acting = args.rollouts * (args.horizon + 1) * (3 * 2 * agent + agent + A * H + 3 * BINS * H)
+    return 2 * (3 * frames * sum(p.values()) + encode + steps * (p["dynamics"] + p["heads"]) + acting)
+
+
+def milliseconds(f, device, repeats=5):
+    """Median time of a call."""
+    times = []
+    for i in range(repeats + 2):
+        began = time.perf_counter()
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if i > 1:
+            times.append(1e3 * (time.perf_counter() - began))
+    return float(np.median(times))
+
+
+def cost(args, tasks, run):
+    """--experiment cost: time of an update against tasks and experts, batched experts and critics against a loop,
+    acting, and an estimate of whole runs. The images are noise: time does not depend on them."""
+    device, names = torch.device(args.device), [*tasks, *(t for t in ATARI26 if t not in tasks)]
+
+    def make(K, **more):
+        a = replace(args, clusters=min(args.clusters, K), **more)
+        agent = make_agent(a, names[:K], [list(range(18))] * K, device)
+        agent.wm.assign([k % a.clusters for k in range(K)])
+        frames = Frames(run.dir / f"frames_{K}", K, 2 * args.length, agent.A)
+        if not frames.obs.any():
+            frames.obs[:] = np.random.default_rng(0).integers(0, 256, frames.obs.shape, np.uint8)
+            frames.act[:, :, 0] = 1
+        frames.count = 2 * args.length
+        return agent, frames
+
+    def one(name):
+        kind, n = name.split("_")
+        agent, frames = make(int(n)) if kind == "tasks" else make(6, experts=int(n), topk=min(args.topk, int(n)))
+        ms, memory = milliseconds(lambda: agent.update(frames), device), agent.memory(1)
+        obs, flops = frames.obs[:, :1].copy(), work_of_update(agent.args, agent.A) * agent.K
+        row = {"update_ms": ms, "act_ms": milliseconds(lambda: agent.play(obs, memory, [0]), device),
+               "gflop": flops / 1e9, "gflop_per_s": flops / ms / 1e6, "tasks": agent.K, "experts": agent.args.experts}
+        return row | (looped(agent, frames) if name in ("tasks_6", "tasks_12") else {})
+
+    rows = list(cells(run, [f"{kind}_{n}" for kind in ("tasks", "experts") for n in (1, 3, 6, 12)], one).values())
+    print(f"\n{'cell':12}{'update ms':>11}{'acting ms':>11}{'GFLOP':>9}{'GFLOP/s':>9}   batched / looped ms")
+    for r in rows:
+        print(f"{r['cell']:12}{r['update_ms']:11.1f}{r['act_ms']:11.1f}{r['gflop']:9.2f}{r['gflop_per_s']:9.1f}"
+              + (f"   Transformers {r['experts_ms']:.1f} / {r['experts_looped_ms']:.1f}, critics {r['critics_ms']:.2f} / "
+                 f"{r['critics_looped_ms']:.2f}" if "experts_ms" in r else ""))
+    rate, plans = max(r["gflop_per_s"] for r in rows), []
+    for preset in PRESETS:
+        a = fill(replace(Args(task="atari26", preset=preset), device=args.device), list(ATARI26))
+        each, updates = work_of_update(a, 18), a.steps // a.train_every
+        plans.append({"preset": preset, "parameters": parameters(a, 26, 18), "gflop_per_task_update": each / 1e9,
+                      "updates": updates, "exaflop": 26 * each * updates / 1e18,
+                      "hours_at_measured_rate": 26 * each * updates / (rate * 1e9) / 3600})
+        print(f"estimate for all 26 games, {preset}: {plans[-1]['parameters'] / 1e6:.1f}M parameters, {updates:,} updates, "
+              f"{plans[-1]['exaflop']:.3g} EFLOP, {plans[-1]['hours_at_measured_rate']:,.1f} h at the best rate above "
+              f"({rate:,.0f} GFLOP/s; larger sizes usually reach more)")
+    write_csv(run.dir / "results.csv", [{k: r.get(k) for k in rows[2]} for r in rows])
+    return {"args": asdict(args), "rows": rows, "estimates": plans}
+
+
+@torch.no_grad()
+def looped(agent, frames):
+    """Experts and critics in one product, and task by task: milliseconds of a forward pass."""
+    wm, a, device, K = agent.wm.eval(), agent.args, agent.device, agent.K
+    e, pos = wm.embedding(), torch.arange(a.length, device=device)
+    _, J, w = wm.routing(e, agent.temperature())
+    z, acts = (torch.zeros(K, a.batch, a.length, i, device=device) for i in (agent.Z, agent.A))
+    mask = episode_mask(z[..., 0] > 0, pos)
+    x = torch.zeros(K, a.rollouts * a.horizon, agent.Z + a.width + a.emb, device=device)
+    each = [slice(k, k + 1) for k in range(K)]
+
+    def ms(f):
+        return milliseconds(f, device, 20)
+
+    return {"experts_ms": ms(lambda: wm.sequence(z, acts, e, J, w, mask, pos)),
+            "experts_looped_ms": ms(lambda: [wm.sequence(*(t[k] for t in (z, acts, e, J, w, mask)), pos) for k in each]),
+            "critics_ms": ms(lambda: agent.critic(x, wm.cluster_of)),
+            "critics_looped_ms": ms(lambda: [agent.critic(x[k], wm.cluster_of[k]) for k in each])}
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -1187,16 +1488,16 @@ def fill(args, tasks):
     values["clusters"] = min(values["clusters"], K)
     if args.storm:
         if K > 1:
-            raise SystemExit(f"--storm is the single-task baseline, but --task names {K} tasks: name one, or leave --storm "
-                             "out")
+            raise SystemExit(f"--storm is the single-task baseline, but --task names {K} tasks: name one, or leave "
+                             "--storm out")
         values.update(clusters=1, experts=1, topk=1, emb=0, shared_layers=0, warmup=0)
         args = replace(args, harmony="off", reset_mask=False)
     if args.experts is not None and args.topk is None:
         values["topk"] = min(values["topk"], args.experts)
     args = replace(args, preset=preset, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.clusters > K:
-        raise SystemExit(f"--clusters {args.clusters} for {K} task{'s' * (K > 1)}: expected at most one cluster per task; "
-                         f"type --clusters {K} or less")
+        raise SystemExit(f"--clusters {args.clusters} for {K} task{'s' * (K > 1)}: expected at most one cluster per "
+                         f"task; type --clusters {K} or less")
     if args.topk > args.experts:
         raise SystemExit(f"--topk {args.topk} of {args.experts} experts: expected at most --experts; type --topk "
                          f"{args.experts} or less")
@@ -1228,26 +1529,22 @@ def make_agent(args, tasks, legal, device):
     return Agent(args, mask, continuous, 4 if continuous.any() else 0, device)
 
 
-def announce(args, agent, tasks, frames, folder):
+def announce(args, agent, frames, folder):
     """What was chosen, before anything long begins."""
     def millions(m):
         return f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f}M"
 
-    print(f"MoW on {len(tasks)} task{'s' * (len(tasks) > 1)} ({args.task}), seed {args.seed}, {agent.device}, "
-          f"{'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}, run folder {folder}")
-    print(f"preset {args.preset}: {args.clusters} clusters, {args.topk} of {args.experts} experts, latent {args.latents} x "
-          f"{args.classes}, width {args.width}; world model {millions(agent.wm)}, actor {millions(agent.actor)}, critics "
-          f"{millions(agent.critic)} parameters")
+    print(f"{'STORM' if args.storm else 'MoW'} on {agent.K} task{'s' * (agent.K > 1)} ({args.task}), seed {args.seed}, "
+          f"{agent.device}, {'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}, run folder "
+          f"{folder}")
+    print(f"preset {args.preset}: {args.clusters} clusters, {args.topk} of {args.experts} experts, latent {args.latents} "
+          f"x {args.classes}, width {args.width}; world model {millions(agent.wm)}, actor {millions(agent.actor)}, "
+          f"critics {millions(agent.critic)} parameters")
     print(f"budget: {args.steps:,} agent steps per task ({args.random_steps:,} random), {args.warmup:,} warm-up updates, "
           f"then one update per {args.train_every} steps of {args.batch} x {args.length} frames and {args.rollouts} "
           f"roll-outs of {args.horizon} steps per task; replay {frames.obs.nbytes / 1e9:.2f} GB")
     print(f"protocol: sticky {args.sticky}, {args.action_space} actions, life loss {'on' if args.life_loss else 'off'}, "
           f"up to {args.noop} idle frames at the start, learning rates {args.lr} and {args.agent_lr}", flush=True)
-
-
-def read_metrics(metrics):
-    """Tensors -> plain numbers; the only place in training that waits for a GPU."""
-    return {k: v.float().tolist() for k, v in metrics.items()}
 
 
 def write_text(path, text):
@@ -1257,37 +1554,45 @@ def write_text(path, text):
     os.replace(tmp, path)
 
 
+def write_csv(path, rows):
+    """Replace a file by a table of dicts."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
+
+
 def report(args, tasks, played, agent, run, extra):
-    """The table at the end, results.json and results.csv -> the results."""
+    """The table at the end, also as results.csv -> what results.json holds."""
     rows = []
     for k, task in enumerate(tasks):
-        ret, won = (np.array(x) for x in zip(*played[k]))
+        ret = np.array([r for r, _ in played[k]])
         random, human = ATARI_SCORES.get(task, (None, None))
+        storm = STORM_RETURN.get(task)
         rows.append({"task": task, "cluster": agent.wm.labels[k] + 1, "return": float(ret.mean()),
                      "sem": float(ret.std(ddof=1) / math.sqrt(len(ret))) if len(ret) > 1 else None,
                      "episodes": len(ret), "random": random, "human": human,
-                     "score": float(np.mean([score(task, r, s) for r, s in played[k]])), "storm_return": STORM_RETURN.get(task),
-                     "storm_score": score(task, STORM_RETURN[task], 0) if task in STORM_RETURN else None})
+                     "score": float(np.mean([score(task, r, s) for r, s in played[k]])),
+                     "storm": storm, "storm_score": None if storm is None else score(task, storm, 0)})
+    write_csv(run.dir / "results.csv", rows)
+    scores = [r["score"] for r in rows]
     result = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "args": asdict(args), "rows": rows,
-              "mean_score": float(np.mean([r["score"] for r in rows])),
-              "median_score": float(np.median([r["score"] for r in rows])), "played": played, **extra,
-              "published": {"mow_mean_hns_26_games": MOW_MEAN_HNS, "storm_mean_hns_26_games_by_mow_authors": STORM_MEAN_HNS}}
-    write_text(run.dir / "results.json", json.dumps(result, indent=1))
-    with open(run.dir / "results.csv", "w", newline="") as f:
-        table = csv.DictWriter(f, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+              "mean_score": float(np.mean(scores)), "median_score": float(np.median(scores)), "played": played, **extra,
+              "published": {"mow_mean_26_games": MOW_MEAN_HNS, "storm_mean_26_games_by_mow_authors": STORM_MEAN_HNS}}
 
-    def cell(x, digits=1):
-        return "-" if x is None else f"{x:,.{digits}f}"
+    def cell(x, width, digits=1):
+        return f"{'-' if x is None else f'{x:,.{digits}f}':>{width}}"
 
-    print(f"\n{'task':22}{'cluster':>8}{'return':>10}{'+-':>8}{'random':>10}{'human':>10}{'score':>8}{'STORM':>10}{'its score':>10}")
+    print(f"\n{'task':22}{'cluster':>8}{'return':>11}{'+-':>8}{'random':>10}{'human':>10}{'score':>8}{'STORM':>10}"
+          f"{'its score':>10}")
     for r in rows:
-        print(f"{r['task']:22}{r['cluster']:8}{cell(r['return']):>10}{cell(r['sem']):>8}{cell(r['random']):>10}"
-              f"{cell(r['human']):>10}{cell(r['score'], 3):>8}{cell(r['storm_return']):>10}{cell(r['storm_score'], 3):>10}")
-    print(f"mean score {result['mean_score']:.3f}, median {result['median_score']:.3f} (Atari: human-normalised; Meta-World: "
-          f"success; +- standard error over {rows[0]['episodes']} episodes, 1 training seed).\nPublished, 100k steps per game: "
-          f"STORM above, one agent per game; MoW, one agent for 26 games: mean {MOW_MEAN_HNS}.")
+        print(f"{r['task']:22}{r['cluster']:8}{cell(r['return'], 11)}{cell(r['sem'], 8)}{cell(r['random'], 10)}"
+              f"{cell(r['human'], 10)}{cell(r['score'], 8, 3)}{cell(r['storm'], 10)}{cell(r['storm_score'], 10, 3)}")
+    print(f"mean score {result['mean_score']:.3f}, median {result['median_score']:.3f} (Atari: human-normalised; "
+          f"Meta-World: success; +- standard error over {rows[0]['episodes']} episodes; 1 training seed)")
+    print(f"published at 100k steps per game: STORM as above, one agent per game; MoW, one agent for all 26 games: mean "
+          f"{MOW_MEAN_HNS}")
     return result
 
 
@@ -1300,70 +1605,120 @@ def record(run):
     return video
 
 
+class Log:
+    """metrics.jsonl, TensorBoard, progress lines and the history that is plotted."""
+
+    def __init__(self, args, agent, run, history, total):
+        self.agent, self.run, self.history, self.total = agent, run, history, total
+        self.tasks, self.began, self.at = task_list(args.task), time.time(), agent.updates
+
+    def note(self, metrics, sweep, finished=(), phase=""):
+        """Read the metrics of an update, which waits for a GPU, and say what they are. SystemExit: not finite."""
+        m = {k: v.float().tolist() for k, v in metrics.items() if k not in ("scores", "J", "z")}
+        flat = {f"losses/{k}": float(np.mean(v)) for k, v in m.items()}
+        if not np.isfinite(list(flat.values())).all():
+            raise SystemExit(f"update {self.agent.updates} is not finite: {flat}; the last checkpoint is in "
+                             f"{self.run.dir}: try a smaller --lr or --agent-lr")
+        self.history.append({"updates": self.agent.updates, "sweep": sweep, "rec": m["rec"], "dyn_raw": m["dyn_raw"],
+                             "rew": m["rew"]})
+        recent = [[e[2] for e in finished if e[1] == k][-10:] for k in range(len(self.tasks))]
+        flat |= {f"charts/episodic_return/{t}": float(np.mean(r)) for t, r in zip(self.tasks, recent) if r}
+        rate = (self.agent.updates - self.at) / max(time.time() - self.began, 1e-9)
+        self.run.log(self.agent.updates, flat | {"charts/agent_steps": sweep, "charts/UPS": rate})
+        left = (self.total - self.agent.updates) / max(rate, 1e-9) / 60
+        print(f"{phase or f'{sweep:,} steps'}, {self.agent.updates:,} updates: reconstruction {flat['losses/rec']:.1f}, "
+              f"dynamics KL {flat['losses/dyn_raw']:.2f}"
+              + (f", entropy {m['entropy']:.2f}" if "entropy" in m else "")
+              + (", returns " + " ".join(f"{np.mean(r):.1f}" if r else "-" for r in recent) if any(recent) else "")
+              + (f" | {rate:.1f} updates/s, {left:.1f} min left" if self.agent.updates - self.at > 1 else ""), flush=True)
+
+
+def total_updates(args):
+    """World-model updates of a whole run."""
+    return args.warmup + -(-(args.steps - args.random_steps) // args.train_every)
+
+
 def train(args, agent, player, frames, run, state):
     """Random steps, warm-up and clustering, then play and learn -> clustering, history of the losses, seconds."""
-    stop, clock, began = [], [time.time()], time.time() - state.get("seconds", 0.0)
+    stop, saved, began = [], [time.time()], time.time() - state.get("seconds", 0.0)
     signal.signal(signal.SIGINT, lambda *_: stop.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
-    found, history, sweep = state.get("found"), state.get("history", []), state.get("sweep", 0)
-    player.begin()
+    found, sweep = state.get("found"), state.get("sweep", 0)
+    log = Log(args, agent, run, state.get("history", []), total_updates(args))
 
-    def pace(x0=[time.time(), None]):  # noqa: B006 (one clock per run)
-        return time.time() - x0[0]
-
-    def save(force=False):
-        if not (stop or force or time.time() - clock[0] > args.save_every):
-            return
-        clock[0] = time.time()
-        frames.flush()
-        run.save(dict(agent.state(), player=player.state(), found=found, history=history, sweep=sweep,
-                      seconds=time.time() - began))
+    def save(now=False):
+        if stop or now or time.time() - saved[0] > args.save_every:
+            saved[0] = time.time()
+            frames.flush()
+            run.save(dict(agent.state(), player=player.state(), found=found, history=log.history, sweep=sweep,
+                          seconds=time.time() - began))
         if stop:
             raise SystemExit(f"stopped; go on with: python {Path(sys.argv[0]).name} --resume {run.dir}")
 
-    def note(metrics, total, done):
-        m = read_metrics(metrics)
-        history.append({"updates": agent.updates, "sweep": sweep, **{x: m[x] for x in ("rec", "dyn_raw", "rew")}})
-        flat = {f"losses/{k}": float(np.mean(v)) for k, v in m.items() if k not in ("scores", "J")}
-        if not np.isfinite(list(flat.values())).all():
-            raise SystemExit(f"update {agent.updates} is not finite: {flat}; the last checkpoint is in {run.dir}: try a "
-                             "smaller --lr or --agent-lr")
-        recent = [[e[2] for e in player.finished if e[1] == k][-10:] for k in range(agent.K)]
-        run.log(agent.updates, flat | {f"charts/episodic_return/{player.tasks[k]}": float(np.mean(r))
-                                       for k, r in enumerate(recent) if r} | {"charts/agent_steps": sweep})
-        left = (time.time() - loop[0]) / max(done - loop[1], 1) * (total - done) / 60
-        print(f"{'warm-up' if found is None and args.clusters > 1 and sweep <= args.random_steps else f'{sweep:,} steps'}, "
-              f"{agent.updates:,} updates: reconstruction {flat['losses/rec']:.1f}, dynamics KL {flat['losses/dyn_raw']:.2f}"
-              + (f", entropy {m['entropy']:.2f}" if "entropy" in m else "")
-              + (", returns " + " ".join(f"{np.mean(r):.1f}" if r else "-" for r in recent) if any(recent) else "")
-              + f" | {left:.1f} min left", flush=True)
-
-    after = (args.steps - args.random_steps) // args.train_every  # updates beside those of the warm-up
+    player.begin()
     while sweep < args.random_steps:
-        player.send(sweep, True)
+        player.send(sweep, random=True)
         player.receive(sweep)
         sweep += 1
         save()
-    loop = [time.time(), agent.updates]
-    while agent.updates < args.warmup and found is None:
+    while found is None and agent.updates < args.warmup:
         metrics = agent.update(frames, learn_to_act=False)
         if agent.updates % 50 == 0 or agent.updates in (1, 10):
-            note(metrics, args.warmup + after, agent.updates)
+            log.note(metrics, sweep, phase="warm-up")
         save()
     if found is None:
         found = find_clusters(agent, frames) if args.clusters > 1 else {"labels": [0] * agent.K}
-        save(force=True)
-    loop = [time.time(), agent.updates]
+        save(now=True)
+    log.began, log.at = time.time(), agent.updates  # updates take longer from here on
     while sweep < args.steps:
-        player.send(sweep, False)
-        if (sweep - args.random_steps) % args.train_every == 0:
+        player.send(sweep, random=False)  # the environments step while the networks learn
+        learn = (sweep - args.random_steps) % args.train_every == 0
+        if learn:
             metrics = agent.update(frames)
         player.receive(sweep)
         sweep += 1
-        if agent.updates % 100 == 0 or agent.updates - loop[1] in (1, 20):
-            note(metrics, args.warmup + after, agent.updates)
+        if learn and (agent.updates % 100 == 0 or agent.updates - log.at in (1, 20)):
+            log.note(metrics, sweep, player.finished)
         save()
-    save(force=True)
-    return found, history, time.time() - began
+    save(now=True)
+    return found, log.history, time.time() - began
+
+
+def play_and_learn(args, tasks, run):
+    """The whole method on all tasks -> what results.json holds."""
+    options, device = task_options(args, tasks), torch.device(args.device)
+    with Fleet(tasks, options) as fleet:
+        agent = make_agent(args, tasks, fleet.legal, device)
+        frames = Frames(run.dir / "frames", len(tasks), 1 if args.eval_only else args.steps, agent.A)
+        announce(args, agent, frames, run.dir)
+        if args.checkpoint:
+            load_checkpoint(agent, args.checkpoint)
+        player, state, extra = Player(agent, fleet, frames), {}, {}
+        if args.resume:
+            state = run.load(device=device)
+            agent.load_state(state)
+            player.load_state(state["player"])
+        if not args.eval_only:
+            found, history, seconds = train(args, agent, player, frames, run, state)
+            extra = {"seconds": round(seconds, 1), "clusters": found, "history": history, "finished": player.finished,
+                     "fidelity": fidelity(agent, frames), "routing": routing_facts(agent)}
+    if not args.eval_only:
+        plot_frames(agent, frames, tasks, run.dir / "frames.png")
+        plot_routing(extra["routing"], agent.wm.labels, tasks, run.dir / "routing.png")
+        plot_curve(history, player.finished, tasks, run.dir / "curve.png")
+    print(f"playing {args.eval_episodes} episodes per task", flush=True)
+    played = evaluate(agent, tasks, options, args.eval_episodes, args.seed, record(run) if args.capture_video else None)
+    return report(args, tasks, played, agent, run, extra)
+
+
+def load_checkpoint(agent, file):
+    """Weights and statistics of another run. SystemExit: no such file, or other sizes."""
+    try:
+        agent.load_state(torch.load(file, agent.device, weights_only=True))
+    except OSError as e:
+        raise SystemExit(f"--checkpoint {file} cannot be read ({e}): expected runs/<a run of mow.py>/checkpoint.pt")
+    except (RuntimeError, KeyError, ValueError, TypeError) as e:
+        raise SystemExit(f"--checkpoint {file} does not fit ({str(e).splitlines()[0]}): give the tasks and sizes of the "
+                         "run that made it")
 
 
 def main(args: Args):
@@ -1379,50 +1734,20 @@ def main(args: Args):
     if args.eval_only and not args.checkpoint:
         raise SystemExit("--eval-only plays a trained agent: add --checkpoint runs/<a run of mow.py>/checkpoint.pt")
     args = replace(args, device="cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    tasks, device = task_list(args.task), torch.device(args.device)
-    args, options = fill(args, tasks), task_options(args, tasks)
+    tasks = task_list(args.task)
+    args = fill(args, tasks)
     torch.set_float32_matmul_precision("high")
     run = Run(args.task, "mow", args.seed, asdict(args), args.resume)
     if args.track:
         import wandb
         wandb.init(project="mow", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
-    with Fleet(tasks, options) as fleet:
-        agent = make_agent(args, tasks, fleet.legal, device)
-        frames = Frames(run.dir / "frames", len(tasks), 1 if args.eval_only else args.steps, agent.A)
-        announce(args, agent, tasks, frames, run.dir)
-        if args.checkpoint:
-            load_checkpoint(agent, args.checkpoint)
-        player, state = Player(agent, fleet, frames, tasks), {}
-        if args.resume:
-            state = run.load(device=device)
-            agent.load_state(state)
-            player.load_state(state["player"])
-        extra = {}
-        if not args.eval_only:
-            found, history, seconds = train(args, agent, player, frames, run, state)
-            extra = {"seconds": round(seconds, 1), "clusters": found, "history": history, "finished": player.finished,
-                     "fidelity": fidelity(agent, frames), "routing": routing_facts(agent)}
-    if not args.eval_only:
-        plot_frames(agent, frames, tasks, run.dir / "frames.png")
-        plot_routing(extra["routing"], agent.wm.labels, tasks, run.dir / "routing.png")
-        plot_curve(history, player.finished, tasks, run.dir / "curve.png")
-    print(f"playing {args.eval_episodes} episodes per task", flush=True)
-    played = evaluate(agent, tasks, options, args.eval_episodes, args.seed, record(run) if args.capture_video else None)
-    result = report(args, tasks, played, agent, run, extra)
-    print(f"files: {run.dir}/", *sorted(p.name for p in run.dir.iterdir() if p.suffix in (".json", ".csv", ".png", ".mp4", ".pt")))
+    study = {None: play_and_learn, "cost": cost}.get(args.experiment, compare)
+    result = (cluster_only if args.cluster_only else study)(args, tasks, run)
+    write_text(run.dir / "results.json", json.dumps(result, indent=1))
+    names = sorted(p.name for p in run.dir.iterdir() if p.suffix in (".json", ".csv", ".png", ".mp4", ".pt"))
+    print(f"files: {run.dir}/", *names)
     run.close()
     return result
-
-
-def load_checkpoint(agent, file):
-    """Weights and statistics of another run. SystemExit: no such file, or other sizes."""
-    try:
-        agent.load_state(torch.load(file, agent.device, weights_only=True))
-    except OSError as e:
-        raise SystemExit(f"--checkpoint {file} cannot be read ({e}): expected runs/<a run of mow.py>/checkpoint.pt")
-    except (RuntimeError, KeyError, ValueError, TypeError) as e:
-        raise SystemExit(f"--checkpoint {file} does not fit ({str(e).splitlines()[0]}): give the tasks and sizes of the run "
-                         "that made it")
 
 
 if __name__ == "__main__":
