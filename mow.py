@@ -196,13 +196,16 @@ class Args:
 PRESETS = {
     "full": dict(steps=100_000, random_steps=1024, warmup=5000, train_every=1, batch=16, length=64, rollouts=256,
                  context=8, horizon=16, lr=1e-4, agent_lr=3e-5, eval_episodes=20, stem=32, latents=32, classes=32,
-                 width=512, heads=8, expert_layers=2, shared_layers=2, hidden=512, emb=64, clusters=12, experts=12, topk=2),
+                 width=512, heads=8, expert_layers=2, shared_layers=2, hidden=512, emb=64, clusters=12,
+                 experts=12, topk=2),
     "mid": dict(steps=50_000, random_steps=1024, warmup=2000, train_every=2, batch=8, length=32, rollouts=128,
                 context=8, horizon=15, lr=2e-4, agent_lr=1e-4, eval_episodes=10, stem=16, latents=32, classes=32,
-                width=256, heads=8, expert_layers=2, shared_layers=2, hidden=256, emb=64, clusters=3, experts=6, topk=2),
+                width=256, heads=8, expert_layers=2, shared_layers=2, hidden=256, emb=64, clusters=3,
+                experts=6, topk=2),
     "smoke": dict(steps=2500, random_steps=400, warmup=300, train_every=1, batch=4, length=16, rollouts=32,
                   context=4, horizon=8, lr=1e-3, agent_lr=3e-4, eval_episodes=4, stem=8, latents=16, classes=16,
-                  width=64, heads=4, expert_layers=1, shared_layers=1, hidden=64, emb=16, clusters=2, experts=3, topk=2)}
+                  width=64, heads=4, expert_layers=1, shared_layers=1, hidden=64, emb=16, clusters=2,
+                  experts=3, topk=2)}
 WINDOW = 16  # past steps that the acting agent remembers
 MOW_MEAN_HNS, STORM_MEAN_HNS = 1.104, 1.142  # published means over 26 games: MoW, and 26 STORMs by MoW's authors
 STORM_RETURN = {  # STORM's published mean return per game (5 seeds, one agent per game, released results)
@@ -712,9 +715,9 @@ def imagine(wm, actor, z, act, first, horizon, tau, step=imagine_step, reset_mas
 
 
 def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, gamma, lam, entropy, compat):
-    """REINFORCE on lambda-returns with the critic as baseline and a percentile scale per task; two-hot critics that also
-    follow the returns of their slow copies. x (K, I, H+1, ·), act (K, I, H, A), rew, done (K, I, H); low, high (K,) are
-    running percentiles, NaN before the first. -> loss, new low and high, metrics."""
+    """REINFORCE on lambda-returns with the critic as baseline and a percentile scale per task; two-hot critics that
+    also follow the returns of their slow copies. x (K, I, H+1, ·), act (K, I, H, A), rew, done (K, I, H); low,
+    high (K,) are running percentiles, NaN before the first. -> loss, new low and high, metrics."""
     K, I, H = rew.shape
     flat = x.flatten(1, 2)
     logits = critic(flat, cluster_of).view(K, I, H + 1, BINS).float()
@@ -838,7 +841,7 @@ class Agent:
         return metrics
 
     def update(self, frames, learn_to_act=True):
-        """One update of everything on a fresh batch of `frames`; what is random depends on seed and number of update."""
+        """One update on a fresh batch of `frames`; what is random depends on the seed and the number of the update."""
         a, seed = self.args, [self.args.seed, 1, self.updates]
         torch.manual_seed(draw_seed(*seed))
         rng = np.random.default_rng(seed)
@@ -1154,15 +1157,11 @@ def plot_similarity(sim, labels, tasks, path):
     edge = 0
     for c in sorted(set(labels)):
         n = labels.count(c)
-        axes[0, 0].add_patch(plt_rectangle(edge - 0.5, n))
+        x = [edge - 0.5, edge + n - 0.5]
+        axes[0, 0].plot([x[0], x[1], x[1], x[0], x[0]], [x[0], x[0], x[1], x[1], x[0]], color="C1", lw=1.5)
         edge += n
     fig.colorbar(image, label="cosine of gradients")
     fig.savefig(path, dpi=110)
-
-
-def plt_rectangle(at, n):
-    from matplotlib.patches import Rectangle
-    return Rectangle((at, at), n, n, fill=False, ec="C1", lw=1.5)
 
 
 def plot_curve(history, finished, tasks, path):
@@ -1329,8 +1328,9 @@ def compare(args, tasks, run):
             row |= {x: float(np.mean(values)), f"{x}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
         rows.append(row)
     write_csv(run.dir / "results.csv", rows)
-    print(f"\n{args.experiment}, {args.seeds} seeds, {total_updates(args)} updates, held-out random play\n{'variant':22}"
-          f"{'parameters':>12}{'PSNR':>8}{'open loop':>11}{'+-':>6}{'KL':>7}{'dead':>6}{'I(task;expert)':>16}")
+    print(f"\n{args.experiment}, {args.seeds} seeds, {total_updates(args)} updates, held-out random play")
+    print(f"{'variant':22}{'parameters':>12}{'PSNR':>8}{'open loop':>11}{'+-':>6}{'KL':>7}{'dead':>6}"
+          f"{'I(task;expert)':>16}")
     for r in rows:
         sd = "-" if r["open_loop_psnr_sd"] is None else f"{r['open_loop_psnr_sd']:.2f}"
         print(f"{r['variant']:22}{r['parameters']:12,}{r['psnr']:8.2f}{r['open_loop_psnr']:11.2f}{sd:>6}"
@@ -1362,7 +1362,8 @@ def parameters(args, K, A):
 def products(args, A):
     """Multiply-adds per frame: {encoder, decoder, dynamics, heads}; one is two floating-point operations."""
     c, D, E, Z, H, n = args.stem, args.width, args.emb, args.latents * args.classes, args.hidden, args.topk
-    convs = sum(16 * a * b * side**2 for a, b, side in ((3, c, 32), (c, 2 * c, 16), (2 * c, 4 * c, 8), (4 * c, 8 * c, 4)))
+    layers = (3, c, 32), (c, 2 * c, 16), (2 * c, 4 * c, 8), (4 * c, 8 * c, 4)           # channels in, out, side
+    convs = sum(16 * i * o * side**2 for i, o, side in layers)
     linear, block = (128 * c + E) * Z, 8 * D * D + 2 * args.length * D
     shared = ((n * D + E) * D if args.shared_layers or n > 1 else 0) + args.shared_layers * block
     return {"encoder": convs + linear, "decoder": convs + linear,
@@ -1422,8 +1423,8 @@ def cost(args, tasks, run):
     print(f"\n{'cell':12}{'update ms':>11}{'acting ms':>11}{'GFLOP':>9}{'GFLOP/s':>9}   batched / looped ms")
     for r in rows:
         print(f"{r['cell']:12}{r['update_ms']:11.1f}{r['act_ms']:11.1f}{r['gflop']:9.2f}{r['gflop_per_s']:9.1f}"
-              + (f"   Transformers {r['experts_ms']:.1f} / {r['experts_looped_ms']:.1f}, critics {r['critics_ms']:.2f} / "
-                 f"{r['critics_looped_ms']:.2f}" if "experts_ms" in r else ""))
+              + (f"   Transformers {r['experts_ms']:.1f} / {r['experts_looped_ms']:.1f}, critics "
+                 f"{r['critics_ms']:.2f} / {r['critics_looped_ms']:.2f}" if "experts_ms" in r else ""))
     rate, plans = max(r["gflop_per_s"] for r in rows), []
     for preset in PRESETS:
         a = fill(replace(Args(task="atari26", preset=preset), device=args.device), list(ATARI26))
@@ -1431,9 +1432,9 @@ def cost(args, tasks, run):
         plans.append({"preset": preset, "parameters": parameters(a, 26, 18), "gflop_per_task_update": each / 1e9,
                       "updates": updates, "exaflop": 26 * each * updates / 1e18,
                       "hours_at_measured_rate": 26 * each * updates / (rate * 1e9) / 3600})
-        print(f"estimate for all 26 games, {preset}: {plans[-1]['parameters'] / 1e6:.1f}M parameters, {updates:,} updates, "
-              f"{plans[-1]['exaflop']:.3g} EFLOP, {plans[-1]['hours_at_measured_rate']:,.1f} h at the best rate above "
-              f"({rate:,.0f} GFLOP/s; larger sizes usually reach more)")
+        print(f"estimate for all 26 games, {preset}: {plans[-1]['parameters'] / 1e6:.1f}M parameters, {updates:,} "
+              f"updates, {plans[-1]['exaflop']:.3g} EFLOP, {plans[-1]['hours_at_measured_rate']:,.1f} h at the best rate "
+              f"above ({rate:,.0f} GFLOP/s; larger sizes usually reach more)")
     write_csv(run.dir / "results.csv", [{k: r.get(k) for k in rows[2]} for r in rows])
     return {"args": asdict(args), "rows": rows, "estimates": plans}
 
@@ -1453,7 +1454,8 @@ def looped(agent, frames):
         return milliseconds(f, device, 20)
 
     return {"experts_ms": ms(lambda: wm.sequence(z, acts, e, J, w, mask, pos)),
-            "experts_looped_ms": ms(lambda: [wm.sequence(*(t[k] for t in (z, acts, e, J, w, mask)), pos) for k in each]),
+            "experts_looped_ms": ms(
+                lambda: [wm.sequence(*(x[k] for x in (z, acts, e, J, w, mask)), pos) for k in each]),
             "critics_ms": ms(lambda: agent.critic(x, wm.cluster_of)),
             "critics_looped_ms": ms(lambda: [agent.critic(x[k], wm.cluster_of[k]) for k in each])}
 
@@ -1535,16 +1537,17 @@ def announce(args, agent, frames, folder):
         return f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f}M"
 
     print(f"{'STORM' if args.storm else 'MoW'} on {agent.K} task{'s' * (agent.K > 1)} ({args.task}), seed {args.seed}, "
-          f"{agent.device}, {'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}, run folder "
-          f"{folder}")
-    print(f"preset {args.preset}: {args.clusters} clusters, {args.topk} of {args.experts} experts, latent {args.latents} "
-          f"x {args.classes}, width {args.width}; world model {millions(agent.wm)}, actor {millions(agent.actor)}, "
-          f"critics {millions(agent.critic)} parameters")
-    print(f"budget: {args.steps:,} agent steps per task ({args.random_steps:,} random), {args.warmup:,} warm-up updates, "
-          f"then one update per {args.train_every} steps of {args.batch} x {args.length} frames and {args.rollouts} "
-          f"roll-outs of {args.horizon} steps per task; replay {frames.obs.nbytes / 1e9:.2f} GB")
-    print(f"protocol: sticky {args.sticky}, {args.action_space} actions, life loss {'on' if args.life_loss else 'off'}, "
-          f"up to {args.noop} idle frames at the start, learning rates {args.lr} and {args.agent_lr}", flush=True)
+          f"{agent.device}, {'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}, run "
+          f"folder {folder}")
+    print(f"preset {args.preset}: {args.clusters} clusters, {args.topk} of {args.experts} experts, latent "
+          f"{args.latents} x {args.classes}, width {args.width}; world model {millions(agent.wm)}, actor "
+          f"{millions(agent.actor)}, critics {millions(agent.critic)} parameters")
+    print(f"budget: {args.steps:,} agent steps per task ({args.random_steps:,} random), {args.warmup:,} warm-up "
+          f"updates, then one update per {args.train_every} steps of {args.batch} x {args.length} frames and "
+          f"{args.rollouts} roll-outs of {args.horizon} steps per task; replay {frames.obs.nbytes / 1e9:.2f} GB")
+    print(f"protocol: sticky {args.sticky}, {args.action_space} actions, life loss "
+          f"{'on' if args.life_loss else 'off'}, up to {args.noop} idle frames at the start, learning "
+          f"rates {args.lr} and {args.agent_lr}", flush=True)
 
 
 def write_text(path, text):
@@ -1577,8 +1580,8 @@ def report(args, tasks, played, agent, run, extra):
                      "storm": storm, "storm_score": None if storm is None else score(task, storm, 0)})
     write_csv(run.dir / "results.csv", rows)
     scores = [r["score"] for r in rows]
-    result = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "args": asdict(args), "rows": rows,
-              "mean_score": float(np.mean(scores)), "median_score": float(np.median(scores)), "played": played, **extra,
+    result = {"args": asdict(args), "rows": rows, "mean_score": float(np.mean(scores)),
+              "median_score": float(np.median(scores)), "played": played, **extra,
               "published": {"mow_mean_26_games": MOW_MEAN_HNS, "storm_mean_26_games_by_mow_authors": STORM_MEAN_HNS}}
 
     def cell(x, width, digits=1):
@@ -1591,8 +1594,8 @@ def report(args, tasks, played, agent, run, extra):
               f"{cell(r['human'], 10)}{cell(r['score'], 8, 3)}{cell(r['storm'], 10)}{cell(r['storm_score'], 10, 3)}")
     print(f"mean score {result['mean_score']:.3f}, median {result['median_score']:.3f} (Atari: human-normalised; "
           f"Meta-World: success; +- standard error over {rows[0]['episodes']} episodes; 1 training seed)")
-    print(f"published at 100k steps per game: STORM as above, one agent per game; MoW, one agent for all 26 games: mean "
-          f"{MOW_MEAN_HNS}")
+    print(f"published at 100k steps per game: STORM as above, one agent per game; MoW, one agent for all 26 games: "
+          f"mean {MOW_MEAN_HNS}")
     return result
 
 
@@ -1626,11 +1629,12 @@ class Log:
         rate = (self.agent.updates - self.at) / max(time.time() - self.began, 1e-9)
         self.run.log(self.agent.updates, flat | {"charts/agent_steps": sweep, "charts/UPS": rate})
         left = (self.total - self.agent.updates) / max(rate, 1e-9) / 60
-        print(f"{phase or f'{sweep:,} steps'}, {self.agent.updates:,} updates: reconstruction {flat['losses/rec']:.1f}, "
-              f"dynamics KL {flat['losses/dyn_raw']:.2f}"
+        print(f"{phase or f'{sweep:,} steps'}, {self.agent.updates:,} updates: reconstruction "
+              f"{flat['losses/rec']:.1f}, dynamics KL {flat['losses/dyn_raw']:.2f}"
               + (f", entropy {m['entropy']:.2f}" if "entropy" in m else "")
               + (", returns " + " ".join(f"{np.mean(r):.1f}" if r else "-" for r in recent) if any(recent) else "")
-              + (f" | {rate:.1f} updates/s, {left:.1f} min left" if self.agent.updates - self.at > 1 else ""), flush=True)
+              + (f" | {rate:.1f} updates/s, {left:.1f} min left" if self.agent.updates - self.at > 1 else ""),
+              flush=True)
 
 
 def total_updates(args):
@@ -1717,8 +1721,8 @@ def load_checkpoint(agent, file):
     except OSError as e:
         raise SystemExit(f"--checkpoint {file} cannot be read ({e}): expected runs/<a run of mow.py>/checkpoint.pt")
     except (RuntimeError, KeyError, ValueError, TypeError) as e:
-        raise SystemExit(f"--checkpoint {file} does not fit ({str(e).splitlines()[0]}): give the tasks and sizes of the "
-                         "run that made it")
+        raise SystemExit(f"--checkpoint {file} does not fit ({str(e).splitlines()[0]}): give the tasks and sizes of "
+                         "the run that made it")
 
 
 def main(args: Args):
@@ -1743,6 +1747,7 @@ def main(args: Args):
         wandb.init(project="mow", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
     study = {None: play_and_learn, "cost": cost}.get(args.experiment, compare)
     result = (cluster_only if args.cluster_only else study)(args, tasks, run)
+    result["command"] = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     write_text(run.dir / "results.json", json.dumps(result, indent=1))
     names = sorted(p.name for p in run.dir.iterdir() if p.suffix in (".json", ".csv", ".png", ".mp4", ".pt"))
     print(f"files: {run.dir}/", *names)
