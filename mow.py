@@ -1432,9 +1432,10 @@ def cost(args, tasks, run):
         plans.append({"preset": preset, "parameters": parameters(a, 26, 18), "gflop_per_task_update": each / 1e9,
                       "updates": updates, "exaflop": 26 * each * updates / 1e18,
                       "hours_at_measured_rate": 26 * each * updates / (rate * 1e9) / 3600})
-        print(f"estimate for all 26 games, {preset}: {plans[-1]['parameters'] / 1e6:.1f}M parameters, {updates:,} "
-              f"updates, {plans[-1]['exaflop']:.3g} EFLOP, {plans[-1]['hours_at_measured_rate']:,.1f} h at the best rate "
-              f"above ({rate:,.0f} GFLOP/s; larger sizes usually reach more)")
+        p = plans[-1]
+        print(f"estimate for all 26 games, {preset}: {p['parameters'] / 1e6:.1f}M parameters, {updates:,} updates, "
+              f"{p['exaflop']:.3g} EFLOP, {p['hours_at_measured_rate']:,.1f} h at the best rate above ({rate:,.0f} "
+              "GFLOP/s; larger sizes usually reach more)")
     write_csv(run.dir / "results.csv", [{k: r.get(k) for k in rows[2]} for r in rows])
     return {"args": asdict(args), "rows": rows, "estimates": plans}
 
@@ -1510,6 +1511,10 @@ def fill(args, tasks):
     if args.random_steps < args.length or args.length < args.context + 1 or args.steps < args.random_steps:
         raise SystemExit(f"expected --context {args.context} < --length {args.length} <= --random-steps "
                          f"{args.random_steps} <= --steps {args.steps}: windows are drawn from the random steps first")
+    if args.experiment not in (None, "cost") and args.random_steps < 5 * (args.length + 1):
+        raise SystemExit(f"--experiment {args.experiment} tests on the last fifth of --random-steps "
+                         f"{args.random_steps}, which holds no window of --length {args.length}: type --random-steps "
+                         f"{5 * args.length + 5} or more")
     if args.width % args.heads:
         raise SystemExit(f"--width {args.width} is no multiple of --heads {args.heads}: choose --heads that divides it")
     return args
