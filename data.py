@@ -575,6 +575,60 @@ def safe_load(path, mmap=True):
         raise SystemExit(f"{path} is damaged or no torch file ({type(e).__name__}: {e}): get it again") from e
 
 
+# --------------------------------------------------------------------------------------------------- frames
+class Frames:
+    """Pixels of K environments that step together, on memory maps that may be larger than RAM.
+
+    Arrays (K, N, ..): obs uint8 (.., size, size, 3), act f32 (.., A), rew f32, term bool, first bool. Row t holds o_t,
+    the action taken there, its reward, whether it ended (a life or the episode), and whether o_t opens an episode.
+    N is fixed and nothing is overwritten: whoever remembers `count` can go back to it after a crash.
+    SystemExit: no room on the disk, or files that belong to other sizes."""
+
+    def __init__(self, path, K, N, act_dim, size=64):
+        self.path, self.count = Path(path), 0
+        layout = {"obs": ((K, N, size, size, 3), np.uint8), "act": ((K, N, act_dim), np.float32),
+                  "rew": ((K, N), np.float32), "term": ((K, N), np.bool_), "first": ((K, N), np.bool_)}
+        with _full_disk(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            new = {name: x for name, x in layout.items() if not (self.path / f"{name}.npy").exists()}
+            need = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in new.values())
+            _check_room(self.path, need, f"a replay of {K} x {N:,} frames")
+            for name, (shape, dtype) in layout.items():
+                file = self.path / f"{name}.npy"
+                x = np.lib.format.open_memmap(file, "w+" if name in new else "r+", dtype, shape)
+                if name in new:                    # reserve the space: a map that finds the disk full kills the process
+                    with open(file, "r+b") as f:
+                        os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+                if x.shape != shape or x.dtype != dtype:
+                    raise SystemExit(f"{file} holds {x.dtype} {x.shape}; expected {np.dtype(dtype)} {shape}: choose "
+                                     "another folder")
+                setattr(self, name, x)
+
+    def append(self, obs, act, rew, term, first):
+        """One step of all environments: (K, ..) each."""
+        for name, x in (("obs", obs), ("act", act), ("rew", rew), ("term", term), ("first", first)):
+            getattr(self, name)[:, self.count] = x
+        self.count += 1
+
+    def flush(self):
+        """Bring everything to the disk: call it before a checkpoint that remembers `count`."""
+        with _full_disk(self.path):
+            for name in ("obs", "act", "rew", "term", "first"):
+                getattr(self, name).flush()
+
+    def sample(self, B, L, rng, device="cpu", tasks=None, since=0):
+        """Uniform windows of L steps, none from before row `since`, for each of `tasks`: obs (k,B,L,size,size,3)
+        uint8, act (k,B,L,A), rew, term and first (k,B,L). They may cross the ends of episodes."""
+        if L > self.count - since:
+            raise SystemExit(f"{self.path} has {self.count - since} steps per task, fewer than the {L} of a window: "
+                             "collect more random steps first, or sample shorter sequences")
+        rows = np.arange(len(self.rew)) if tasks is None else np.asarray(tasks)
+        start = rng.integers(since, self.count - L + 1, size=(len(rows), B, 1))
+        at = rows[:, None, None], start + np.arange(L)
+        return [torch.from_numpy(np.asarray(x[at])).to(device, non_blocking=True)
+                for x in (self.obs, self.act, self.rew, self.term, self.first)]
+
+
 # ------------------------------------------------------------------------------------- published TD-MPC2 data
 def _chunks(src):
     """The chunk files in order, opened: [(path, {obs (N,R,O), action (N,R,A), reward (N,R), task (N,R)})]."""

@@ -1,6 +1,7 @@
 """Tasks: names, constructors, dimensions, scores and parallel roll-outs.  Copy me next to any of the scripts.
 
     env = make_env("walker-walk", seed=0)          # or "mw-reach", "Pendulum-v1", "my_module:Id-v0"
+    env = make_env("Boxing", obs="pixels")         # an Atari game: discrete actions, 64 x 64 RGB
     with Workers(2) as workers:                    # batched roll-outs in two processes
         episodes = workers.rollout([("walker-walk", 0), ("cup-spin", 1)], policy)
 
@@ -60,6 +61,18 @@ METAWORLD50 = tuple("mw-" + name for name in (
     "shelf-place", "soccer", "stick-push", "stick-pull", "sweep-into", "sweep", "window-open", "window-close",
     "bin-picking", "box-close", "door-lock", "door-unlock", "hand-insert"))
 MT80 = MT30 + METAWORLD50
+MT10 = tuple("mw-" + name for name in (           # Meta-World's own set of ten
+    "reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown",
+    "peg-insert-side", "window-open", "window-close"))
+ATARI_SCORES = {                                  # of a random policy and of a human tester (Mnih et al., 2015)
+    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
+    "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5),
+    "ChopperCommand": (811.0, 7387.8), "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0),
+    "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Hero": (1027.0, 30826.4),
+    "Jamesbond": (29.0, 302.8), "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5), "KungFuMaster": (258.5, 22736.3),
+    "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6), "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0),
+    "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2)}
+ATARI26 = tuple(ATARI_SCORES)                     # the 26 games of the Atari-100k benchmark
 
 
 def task_facts(task):
@@ -77,11 +90,15 @@ def _measured_facts(task):
 
 
 def score(task, ret, success):
-    """Score of an episode in [0, 1] as in TD-MPC2: success for `mw-` tasks, return / 1000 for dm_control.
+    """Score of an episode in [0, 1] as in TD-MPC2: success for `mw-` tasks, return / 1000 for dm_control. For Atari
+    the human-normalised score: 0 a random policy, 1 a human tester.
 
     A gymnasium id has no published scale: its return comes back as it is, and can lie outside [0, 1]."""
     if task in METAWORLD50:
         return float(success)
+    if task in ATARI_SCORES:
+        random, human = ATARI_SCORES[task]
+        return (float(ret) - random) / (human - random)
     return float(ret) if _is_gymnasium_id(task) else float(ret) / 1000.0
 
 
@@ -91,20 +108,22 @@ def _is_gymnasium_id(task):
 
 def _unknown(task):
     suite = (f"{domain}-{name.replace('_', '-')}" for domain, name in _import_suite().ALL_TASKS)
-    near = difflib.get_close_matches(task, dict.fromkeys([*MT80, *suite, *gymnasium.registry]), 3, 0.4)
-    return SystemExit(f"unknown task {task!r}: expected an MT30/MT80 name, a dm_control 'domain-task' or a "
-                      f"gymnasium id ('module:Id-v0' for your own); nearest: {', '.join(near) or 'none'}")
+    near = difflib.get_close_matches(task, dict.fromkeys([*MT80, *ATARI26, *suite, *gymnasium.registry]), 3, 0.4)
+    return SystemExit(f"unknown task {task!r}: expected an MT30/MT80/ATARI26 name, a dm_control 'domain-task' or "
+                      f"a gymnasium id ('module:Id-v0' for your own); nearest: {', '.join(near) or 'none'}")
 
 
 # -------------------------------------------------------------------------------- constructors
-def make_env(task, seed=0, obs="state", size=64):
+def make_env(task, seed=0, obs="state", size=64, **options):
     """Make one environment, a gymnasium.Env that passes gymnasium's check_env.
 
     task: a name of MT30 or MT80; a dm_control suite task as `domain-task` (the first '-' ends the domain, the
       others stand for '_', 'cup' is ball_in_cup: `point_mass-easy`, `finger-turn-hard`); or a registered
       gymnasium id with a continuous Box action space (`Pendulum-v1`; `module:Id-v0` imports `module`).
+      Or an Atari game of ATARI26 by its bare name, with 18 discrete actions and obs="pixels" (see _Atari).
     seed: of the first reset; `reset(seed=s)` fixes all that is random in an episode.
     obs: "state" gives float32 (O,); "pixels" gives uint8 (size, size, 3) and needs OpenGL.
+    options: of Atari: sticky, life_loss, noop, frame_cap; of Meta-World: camera, repeat, length.
     Actions are float32 (A,) in [-1, 1], rescaled to the task's own bounds where these are finite.
 
     Episodes: dm_control repeats each action twice, is truncated after 500 agent steps and never terminated;
@@ -115,10 +134,14 @@ def make_env(task, seed=0, obs="state", size=64):
     or (while stepping) a number that is not finite."""
     if obs not in ("state", "pixels"):
         raise SystemExit(f"make_env got obs={obs!r}; expected 'state' or 'pixels'")
-    if obs == "pixels":
+    if obs == "pixels" and task not in ATARI26:   # an emulator draws without OpenGL
         choose_gl()
+    if task in ATARI26:
+        return _Atari(task, seed, obs, size, **options)
     if task.startswith("mw-"):
-        return _MetaWorld(task, seed, obs, size)
+        return _MetaWorld(task, seed, obs, size, **options)
+    if options:
+        raise SystemExit(f"make_env got {', '.join(options)} for {task!r}; expected no options for this kind of task")
     return (_Gymnasium if _is_gymnasium_id(task) else _Suite)(task, seed, obs, size)
 
 
@@ -243,9 +266,12 @@ class _Suite(_Env):
 
 
 class _MetaWorld(_Env):
-    """A Meta-World v3 task with visible goal. (TD-MPC2 used an older v2: close, but not the same numbers.)"""
+    """A Meta-World v3 task with visible goal. (TD-MPC2 used an older v2: close, but not the same numbers.)
 
-    def __init__(self, task, seed, obs, size):
+    camera: corner4 is the corner2 that multi-task papers moved closer; repeat, length: control steps per agent step and
+    agent steps per episode (2 and 100 as in TD-MPC2; the benchmark's own are 1 and 500)."""
+
+    def __init__(self, task, seed, obs, size, camera="corner2", repeat=2, length=100):
         if task not in METAWORLD50:
             raise _unknown(task)
         try:
@@ -254,7 +280,7 @@ class _MetaWorld(_Env):
             raise SystemExit(f"{task} needs Meta-World, which cannot be imported ({error}); "
                              "pip install metaworld==3.1.1 mujoco==3.3.0") from None
         pixels = size if obs == "pixels" else 480
-        env = ALL_V3_ENVIRONMENTS[task[3:] + "-v3"](render_mode="rgb_array", camera_name="corner2",
+        env = ALL_V3_ENVIRONMENTS[task[3:] + "-v3"](render_mode="rgb_array", camera_name=camera,
                                                     width=pixels, height=pixels)
         # Outside its own benchmarks Meta-World must be told: show the goal (and forget the cached bounds,
         # which would clip it to zero), draw a new one at each reset, and draw it from the environment's seed.
@@ -262,20 +288,21 @@ class _MetaWorld(_Env):
         env.__dict__.pop("sawyer_observation_space", None)
         env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
         self._env = env
-        self._setup(task, seed, obs, size, Facts(39, 4, 100, 2))
+        self._setup(task, seed, obs, size, Facts(39, 4, length, repeat))
 
     def _restart(self, seed):
         if seed is not None:
             self._env.seed(seed)
         obs, _ = self._env.reset()
         # One idle control step whose observation is dropped, as when TD-MPC2's published data were recorded
-        # (official code: envs/metaworld.py, reset).
-        self._env.step(np.zeros(4, np.float32))
+        # (official code: envs/metaworld.py, reset). There is no room for it in an episode of all 500 steps.
+        if self.facts.action_repeat * self.facts.episode_length < 500:
+            self._env.step(np.zeros(4, np.float32))
         return obs
 
     def _advance(self, action):
         rew = 0.0
-        for _ in range(2):
+        for _ in range(self.facts.action_repeat):
             obs, r, _, _, info = self._env.step(action)
             rew += r
         return obs, rew, False, False, info["success"]
@@ -332,6 +359,100 @@ class _Gymnasium(_Env):
         if frame is None:
             raise SystemExit(f"{self.task} draws no frames; expected render mode rgb_array: use obs='state'")
         return frame
+
+
+class _Atari(gymnasium.Env):
+    """An Atari game: uint8 (size, size, 3), all 18 discrete actions; `legal` lists those that the game tells apart.
+
+    An agent step is 4 frames with one action; the observation is the maximum of the last two, averaged over areas.
+    sticky: probability, per frame, that the emulator repeats the previous action (0.25 is the ALE's v5 default).
+    life_loss: report a lost life as info["life_lost"] (never ends the episode); noop: at most so many random idle
+    frames after a reset; frame_cap: frames until truncation, 108,000 is half an hour of play."""
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}        # noqa: RUF012 (gymnasium's own way)
+    render_mode = "rgb_array"
+
+    def __init__(self, task, seed, obs="pixels", size=64, sticky=0.25, life_loss=True, noop=0, frame_cap=108_000):
+        if obs != "pixels":
+            raise SystemExit(f"{task} has no state observations: type make_env({task!r}, obs='pixels')")
+        try:
+            import ale_py
+            from ale_py import roms
+        except ImportError as error:
+            raise SystemExit(f"{task} needs the Arcade Learning Environment, which cannot be imported ({error}); "
+                             "pip install ale-py==0.12.1") from None
+        snake = "".join("_" + c.lower() if c.isupper() else c for c in task)[1:]
+        try:
+            self._rom = roms.get_rom_path(snake)
+        except Exception:                         # noqa: BLE001 (a broken installation may raise anything)
+            self._rom = None
+        if self._rom is None:
+            raise SystemExit(f"{task}: ale-py has no ROM {snake}.bin: pip install --force-reinstall ale-py==0.12.1")
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        self._env = ale_py.ALEInterface()
+        self._env.setFloat("repeat_action_probability", sticky)
+        self._env.setInt("max_num_frames_per_episode", 0)
+        self.task, self.t, self._first_seed, self._size = task, 0, seed, size
+        self._life_loss, self._noop, self._cap = life_loss, noop, frame_cap
+        self._load(seed)
+        full = self._env.getLegalActionSet()
+        self.legal = [full.index(a) for a in self._env.getMinimalActionSet()]
+        self._actions, self._areas = full, [_areas(n, size) for n in (210, 160)]
+        self.facts = Facts(3 * size * size, len(full), max(1, frame_cap // 4), 4)
+        self.action_space = gymnasium.spaces.Discrete(len(full))
+        self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
+
+    def _load(self, seed):                        # the ALE takes a seed only while it loads a game
+        self._env.setInt("random_seed", seed % 2**31)
+        self._env.loadROM(self._rom)
+
+    def reset(self, *, seed=None, options=None):
+        """Start an episode -> obs, info. The same seed and actions give the same episode."""
+        if seed is None:                          # the constructor's seed counts for the first episode only
+            seed = self._first_seed
+        self._first_seed = None
+        super().reset(seed=seed)
+        if seed is not None:
+            self._load(seed)
+        self._env.reset_game()
+        for _ in range(int(self.np_random.integers(self._noop + 1)) if self._noop else 0):
+            self._env.act(self._actions[0])
+        self.t, self._lives = 0, self._env.lives()
+        self._screen = self._env.getScreenRGB()
+        return self._shrink(self._screen), {"success": 0.0, "life_lost": False}
+
+    def step(self, action):
+        """One agent step -> obs, summed reward, terminated, truncated (frame cap), {"success", "life_lost"}."""
+        rew, before = 0.0, None
+        for i in range(4):
+            rew += self._env.act(self._actions[int(action)])
+            if i == 2:
+                before = self._env.getScreenRGB()
+            if self._env.game_over():
+                break
+        self._screen = self._env.getScreenRGB()
+        if before is not None:                    # sprites flicker: many are drawn in every other frame only
+            self._screen = np.maximum(self._screen, before)
+        self.t += 1
+        over, lives = self._env.game_over(), self._env.lives()
+        lost, self._lives = self._life_loss and lives < self._lives, lives
+        truncated = not over and self.t >= self.facts.episode_length
+        return self._shrink(self._screen), rew, bool(over), truncated, {"success": 0.0, "life_lost": bool(lost)}
+
+    def _shrink(self, screen):
+        rows, cols = self._areas
+        small = np.tensordot(rows, screen.astype(np.float32), 1)              # (size, 160, 3)
+        return np.rint(np.tensordot(cols, small, (1, 1))).transpose(1, 0, 2).astype(np.uint8)
+
+    def render(self):
+        """The last frame as shown on the screen, uint8 (210, 160, 3)."""
+        return self._screen
+
+
+def _areas(n, m):
+    """(m, n) matrix that averages n pixels over m equal areas."""
+    edge = np.arange(m + 1) * n / m
+    inside = np.minimum(edge[1:, None], np.arange(1, n + 1)) - np.maximum(edge[:-1, None], np.arange(n))
+    return (np.clip(inside, 0, None) * m / n).astype(np.float32)
 
 
 # -------------------------------------------------------------------------------- OpenGL
@@ -471,6 +592,22 @@ _CUSTOM = {
 
 
 # -------------------------------------------------------------------------------- roll-outs
+def _spawn(function):
+    """Call a function of this file with a pipe's file number in a fresh interpreter -> (process, connection)."""
+    # Not multiprocessing.Process: its children import the parent's script, hence torch (seconds and
+    # hundreds of MB each). A fresh interpreter that imports only this file starts in 0.3 s. It gets the
+    # parent's sys.path, so that "module:Id-v0" means the same there, and its own session, so that Ctrl-C
+    # reaches the parent alone.
+    ours, theirs = socket.socketpair()
+    path = [os.path.dirname(os.path.abspath(__file__)), *(p or os.getcwd() for p in sys.path)]
+    code = f"import sys; sys.path[:] = {path!r}; import envs; envs.{function}({theirs.fileno()})"
+    proc = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    theirs.close()
+    return proc, multiprocessing.connection.Connection(ours.detach())
+
+
 class Workers:
     """Environment worker processes for batched roll-outs (context manager; start them once per run).
 
@@ -503,18 +640,7 @@ class Workers:
         self.procs, self._conns = [None] * self.n, [None] * self.n
 
     def _start(self, i):
-        # Not multiprocessing.Process: its children import the parent's script, hence torch (seconds and
-        # hundreds of MB each). A fresh interpreter that imports only this file starts in 0.3 s. It gets the
-        # parent's sys.path, so that "module:Id-v0" means the same there, and its own session, so that Ctrl-C
-        # reaches the parent alone.
-        ours, theirs = socket.socketpair()
-        path = [os.path.dirname(os.path.abspath(__file__)), *(p or os.getcwd() for p in sys.path)]
-        code = f"import sys; sys.path[:] = {path!r}; import envs; envs._worker({theirs.fileno()})"
-        self.procs[i] = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-        theirs.close()
-        self._conns[i] = multiprocessing.connection.Connection(ours.detach())
+        self.procs[i], self._conns[i] = _spawn("_worker")
 
     def rollout(self, jobs, policy, progress=None):
         """Play one episode per job and return them in the order of the jobs.
@@ -658,6 +784,107 @@ def _worker(fd):
     except Exception as error:                    # noqa: BLE001 (a user's environment may raise anything)
         traceback.print_exc()
         conn.send(f"{playing} failed in a worker process (traceback above): {type(error).__name__}: {error}")
+
+
+class Fleet:
+    """One process per environment, which steps while the caller does something else (context manager).
+
+        fleet = Fleet(["Boxing", "Krull"], obs="pixels")
+        obs = fleet.reset([0, 1])                 # a seed each
+        fleet.send(actions, next_seeds)           # returns at once
+        steps = fleet.receive()                   # [(obs, rew, terminated, truncated, info)], waits for the slowest
+
+    One process each, because Meta-World draws wrong pictures with two renderers in one (its issue 448).
+    options: {task: keyword arguments of make_env}. Attribute: legal, the action indices a game tells apart per
+    environment, or None where actions are continuous. An environment that ends restarts at once with its next seed:
+    `obs` is then the first of the new episode."""
+
+    def __init__(self, tasks, options=None, obs="pixels", size=64):
+        self.tasks = list(tasks)
+        self._links = [_spawn("_fleet_worker") for _ in self.tasks]
+        for i, task in enumerate(self.tasks):
+            self._post(i, (task, obs, size, (options or {}).get(task, {})))
+        try:
+            self.legal = self.receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """Stop all processes."""
+        for _, conn in self._links:
+            conn.close()
+        for proc, _ in self._links:
+            try:
+                proc.wait(2)
+            except subprocess.TimeoutExpired:
+                proc.kill()
+                proc.wait()
+
+    def _post(self, i, message):
+        try:
+            self._links[i][1].send(message)
+        except OSError:                           # it died: receive will say so
+            pass
+
+    def receive(self):
+        """What every environment answered, in order. SystemExit: an environment failed, or its process died."""
+        answers = []
+        for (proc, conn), task in zip(self._links, self.tasks):
+            try:
+                answers.append(conn.recv())
+            except (EOFError, OSError):
+                raise SystemExit(f"the environment process of {task} died (exit code {proc.wait()}; -9 usually means "
+                                 "lack of memory): type the same command with --resume") from None
+            if isinstance(answers[-1], str):
+                raise SystemExit(answers[-1])
+        return answers
+
+    def reset(self, seeds, actions=None):
+        """Start an episode in every environment and play `actions` (one list per environment) -> observations."""
+        for i, seed in enumerate(seeds):
+            self._post(i, ("reset", int(seed), actions[i] if actions else []))
+        return self.receive()
+
+    def send(self, actions, next_seeds):
+        """Let every environment take one step; its next episode, if this one ends, has the seed given."""
+        for i, (action, seed) in enumerate(zip(actions, next_seeds)):
+            self._post(i, ("step", int(seed), action))
+
+
+def _fleet_worker(fd):
+    """A process of Fleet: (task, obs, size, options), then ("reset", seed, actions) or ("step", next seed, action)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    conn, task = multiprocessing.connection.Connection(fd), ""
+    try:
+        task, obs, size, options = conn.recv()
+        env = make_env(task, 0, obs, size, **options)
+        conn.send(getattr(env, "legal", None))
+        while True:
+            kind, seed, action = conn.recv()
+            if kind == "reset":
+                frame, _ = env.reset(seed=seed)
+                for a in action:
+                    frame = env.step(a)[0]
+                conn.send(frame)
+            else:
+                frame, rew, terminated, truncated, info = env.step(action)
+                if terminated or truncated:
+                    frame, _ = env.reset(seed=seed)
+                conn.send((frame, rew, terminated, truncated, info))
+    except (EOFError, ConnectionError):           # the parent closed the pipe or was killed
+        return
+    except SystemExit as error:
+        conn.send(str(error))
+    except Exception as error:                    # noqa: BLE001 (an environment may raise anything)
+        traceback.print_exc()
+        conn.send(f"{task} failed in its process (traceback above): {type(error).__name__}: {error}")
 
 
 def _throughput(tasks):
