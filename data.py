@@ -596,7 +596,8 @@ class Frames:
             for name, (shape, dtype) in layout.items():
                 file = self.path / f"{name}.npy"
                 x = np.lib.format.open_memmap(file, "w+" if name in new else "r+", dtype, shape)
-                if name in new:                    # reserve the space: a map that finds the disk full kills the process
+                # reserve the space: a map that finds the disk full kills the process (macOS has no such call)
+                if name in new and hasattr(os, "posix_fallocate"):
                     with open(file, "r+b") as f:
                         os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
                 if x.shape != shape or x.dtype != dtype:
