@@ -45,7 +45,9 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1757,7 +1759,10 @@ def main(args: Args):
         wandb.init(project="mow", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
     study = {None: play_and_learn, "cost": cost}.get(args.experiment, compare)
     result = (cluster_only if args.cluster_only else study)(args, tasks, run)
-    result["command"] = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)  # maybe no git here
+    chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    result = dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                  commit=git.stdout.strip() or None, hardware=chip, **result)
     write_text(run.dir / "results.json", json.dumps(result, indent=1))
     names = sorted(p.name for p in run.dir.iterdir() if p.suffix in (".json", ".csv", ".png", ".mp4", ".pt"))
     print(f"files: {run.dir}/", *names)
