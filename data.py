@@ -761,7 +761,7 @@ class _Scene:
 
     def flow(self, geoms, before):
         """Backward optical flow (H,W,2), (dx,dy) in pixels from frame t to t-1, exact for rigid geoms: a pixel is
-        unprojected with its depth, carried along by its geom, and projected again. before = geom (xpos, xmat) at t-1."""
+        unprojected with its depth, carried along by its geom, and projected. before = geom (xpos, xmat) at t-1."""
         self.renderer.enable_depth_rendering()
         depth = self.renderer.render()[1::2, 1::2]
         self.renderer.disable_depth_rendering()
@@ -896,8 +896,9 @@ class _Pushed(_Scene):
         super().__init__(color, floor)
         bodies = "".join(
             f'<body pos="0 0 .4"><joint name="{shape}x" type="slide" axis="1 0 0" range="-1.4 1.4" limited="true" '
-            f'damping="2"/><joint name="{shape}y" type="slide" axis="0 1 0" range="-1.1 1.1" limited="true" damping="2"/>'
-            f'<geom type="{shape}" size=".4 .38 .36" mass="1" friction="0"/></body>' for shape in self.part_names)
+            f'damping="2"/><joint name="{shape}y" type="slide" axis="0 1 0" range="-1.1 1.1" limited="true" '
+            f'damping="2"/><geom type="{shape}" size=".4 .38 .36" mass="1" friction="0"/></body>'
+            for shape in self.part_names)
         motors = "".join(f'<motor joint="{p}{x}" gear="12" ctrlrange="-1 1"/>' for p in self.part_names for x in "xy")
         self.model = self.mj.MjModel.from_xml_string(_ROOM.format(
             bodies=bodies, walls="", motors=motors, floor='material="checker" rgba="1 1 1 1"' * (floor == "checker")))
@@ -1153,7 +1154,7 @@ def mocapact_splits(names):
 def mocapact_qpos(proprio, indices, joints, model):
     """qpos (L+1, 63) of stored observations (L+1, 2868): root position and orientation, and 56 angles placed by name.
 
-    indices: {observable: columns}, as stored in the file; joints: names of the angles, in their (alphabetical) order."""
+    indices: {observable: columns}, as stored in the file; joints: names of the angles in their (alphabetical) order."""
     import mujoco
     root = proprio[:, indices["position"]]
     quat = np.empty((len(proprio), 4))
@@ -1172,14 +1173,14 @@ def _render_mocapact(path, file, recipe, split):
     scene = _Humanoid(recipe["color"], recipe["floor"], free=True)
     m, d = scene.model, scene.data
     joints = sorted(m.joint(i).name.removeprefix("walker0/") for i in range(m.njnt) if m.jnt_type[i] == 3)
-    clips, rng, opened = [], np.random.default_rng(0), False
+    clips, rng = [], np.random.default_rng(0)
     want = "<snippet>/0/observations/proprioceptive (L+1,2868), <snippet>/0/actions (L,56), observable_indices/walker"
     try:
         with h5py.File(file, "r") as f:
             indices = {k: f[f"observable_indices/walker/{k}"][:] for k in ("position", "orientation", "joints_pos")}
             rolls = [(f[s][r]["observations/proprioceptive"][:], f[s][r]["actions"][:])
-                     for s in sorted(f) if s.startswith("CMU_") for r in sorted((x for x in f[s] if x.isdigit()), key=int)
-                     [:recipe["rollouts"]]]
+                     for s in sorted(f) if s.startswith("CMU_")
+                     for r in sorted((x for x in f[s] if x.isdigit()), key=int)[:recipe["rollouts"]]]
             bad = [(o.shape, a.shape) for o, a in rolls if o.ndim != 2 or a.shape != (len(o) - 1, 56)]
             if not rolls or bad or [len(x) for x in indices.values()] != [3, 9, 56]:
                 raise KeyError(f"{len(rolls)} rollouts, shapes {bad[:1]}")
@@ -1220,7 +1221,7 @@ def _render_mocapact(path, file, recipe, split):
 
 
 def render_mocapact(src, folder, frames=24, size=64, stride=2, rollouts=1, color="default", floor="plain", workers=1):
-    """Re-render the poses stored in MoCapAct's src/CMU_*.hdf5 into folder/part_*.h5, one per file; returns {clip: split}.
+    """Re-render the poses stored in MoCapAct's src/CMU_*.hdf5 into folder/part_*.h5, one per file: {clip: split}.
 
     Poses and not actions, because replayed actions drift with the version of the simulator. The same call continues
     where a killed one was. SystemExit: no such files, another layout, rollouts shorter than a clip."""

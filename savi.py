@@ -25,8 +25,8 @@ from data import FORK_STEPS, Run, bootstrap_ci, make_video, open_video, render_m
 @dataclass
 class Args:
     data: Literal["objects", "pushed", "humanoid", "crowd", "mocapact"] = "objects"
-    """objects: 2-5 free bodies; pushed: three bodies, two actions each; humanoid: the CMU body, 56 actions, 5 part masks;
-    crowd: two or three humanoids; mocapact: the poses in --mocapact-dir. All but the last are made on the spot"""
+    """objects: 2-5 free bodies; pushed: three bodies, two actions each; humanoid: the CMU body, 56 actions, masks of
+    five parts; crowd: 2 or 3 humanoids; mocapact: the poses in --mocapact-dir. All but the last are made on the spot"""
     seed: int = 1
     """first training seed; the data have their own, fixed seed"""
     seeds: int = 1
@@ -58,8 +58,8 @@ class Args:
 
     # data
     color: Literal["parts", "default", "random"] | None = None
-    """parts: each part or object its own colour; default: all the same tan, the seed study's situation; random: each body
-    one random colour. Left out: humanoid default, crowd random, others parts"""
+    """parts: each part or object its own colour; default: all the same tan, as in the seed study; random: each body one
+    random colour. Left out: humanoid default, crowd random, others parts"""
     floor: Literal["plain", "checker"] = "plain"
     """a checkerboard costs the decoder capacity"""
     clips: int | None = None
@@ -157,11 +157,12 @@ def iou_table(true, pred):
 
 
 def segment_scores(true, pred):
-    """mIoU: best one-to-one matching, over all true segments, background too; mBO: best slot of each foreground segment."""
+    """mIoU: best one-to-one matching, over all true segments, background too; mBO: best slot of each object."""
     from scipy.optimize import linear_sum_assignment
     labels, table = iou_table(true, pred)
     rows, cols = linear_sum_assignment(-table)
-    return {"miou": table[rows, cols].sum() / len(labels), "mbo": table[labels > 0].max(1).mean() if any(labels) else 1.0}
+    best = table[labels > 0].max(1)
+    return {"miou": table[rows, cols].sum() / len(labels), "mbo": best.mean() if len(best) else 1.0}
 
 
 def usage(true, alpha):
@@ -214,18 +215,18 @@ def baseline_masks(true, video, k=5, seed=0):
     for name, points in (("xy", xy), ("rgb", rgb), ("xy+rgb", np.concatenate([xy, rgb], 1))):
         labels = np.zeros_like(true, dtype=np.int64)
         if len(points) >= k:
-            points = points + 1e-6 * rng.standard_normal(points.shape)                  # k-means++ wants k different ones
+            points = points + 1e-6 * rng.standard_normal(points.shape)                   # k-means++ wants k different
             labels[fg] = kmeans2(points, k, minit="++", seed=seed, missing="warn")[1]
         out[f"k-means {name}"] = labels
     return out
 
 
-# ------------------------------------------------------------------------------------------------- partitions of actions
+# ------------------------------------------------------------------------------------------------ partitions of actions
 def discover(act, change, most):
     """SD2 (ED2, arXiv 2112.02817): groups of action indices from act (N,m) and what it moved, change (N,n).
 
-    Actions are alike when their |correlations| with the changes are; the most related pair is merged while that is above
-    chance, or while there are more than `most` groups. Actions that never vary join the last group."""
+    Actions are alike when their |correlations| with the changes are; the most related pair is merged while that is
+    above chance, or while there are more than `most` groups. Actions that never vary join the last group."""
     act, change = np.asarray(act, np.float64), np.asarray(change, np.float64)
     moves = np.flatnonzero(act.std(0) > 1e-6)
     a, d = act[:, moves], change[:, change.std(0) > 1e-8]
@@ -274,8 +275,8 @@ def choose_partition(name, clips, meta, slots, seed):
     if name == "none":
         return [], masks
     if m == 0:
-        raise SystemExit(f"--partition {name}, but {meta['recipe']['kind']} has no actions: use --data pushed, humanoid, "
-                         "crowd or mocapact")
+        raise SystemExit(f"--partition {name}, but {meta['recipe']['kind']} has no actions: use --data pushed, "
+                         "humanoid, crowd or mocapact")
     if name == "global":
         return meta["groups"], np.ones_like(masks)
     if name in ("body", "random"):
@@ -293,8 +294,8 @@ def choose_partition(name, clips, meta, slots, seed):
             groups = json.loads(Path(name).read_text())
             groups = groups["groups"] if isinstance(groups, dict) else groups
         except (OSError, ValueError, KeyError) as e:
-            raise SystemExit(f"--partition {name} cannot be read ({e}): expected none, global, body, random, discovered, or "
-                             "a JSON file like [[0, 1], [2]]")
+            raise SystemExit(f"--partition {name} cannot be read ({e}): expected none, global, body, random, "
+                             "discovered, or a JSON file like [[0, 1], [2]]")
     groups = check_partition(groups, m, slots, name)
     for j, g in enumerate(groups):
         masks[j, g] = 1
@@ -302,8 +303,8 @@ def choose_partition(name, clips, meta, slots, seed):
 
 
 def slots_of_parts(groups, true_groups):
-    """{part label: slot meant for it}: groups to parts by most shared actions, one to one; without groups slot i for part
-    i + 1, which is what an arm with no actions gets compared on."""
+    """{part label: slot meant for it}: groups to parts by most shared actions, one to one; without groups slot i for
+    part i + 1, which is what an arm with no actions gets compared on."""
     from scipy.optimize import linear_sum_assignment
     if not groups:
         return {i + 1: i for i in range(len(true_groups))}
@@ -392,7 +393,7 @@ class Decoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Slots (B,K,D) of this frame -> first guess for the next one. effects (B,K,D): what each slot's actions do, or None.
+    """Slots (B,K,D) of this frame -> first guess for the next. effects (B,K,D): what each slot's actions do, or None.
 
     transformer: SAVi's post-norm block across slots; mlp: residual MLP per slot; action: the same with the effects."""
 
@@ -438,7 +439,7 @@ class SAVi(nn.Module):
             self.spread = nn.Linear(dim, 2 * dim)
 
     def effects(self, act):
-        """c_j = W2 relu(W1 [M_j * a; M_j]): what slot j may know of the actions act (B,m), and nothing of the others."""
+        """c_j = W2 relu(W1 [M_j * a; M_j]): what slot j may know of the actions act (B,m)."""
         if not self.uses_actions:
             return None
         M = self.masks.expand(len(act), -1, -1)
@@ -509,7 +510,7 @@ def check_finite(step, terms):
     """The terms as floats; SystemExit if one is not finite."""
     numbers = {k: float(v) for k, v in terms.items()}
     if not np.isfinite(list(numbers.values())).all():
-        raise SystemExit(f"update {step} is not finite: {numbers}; the last checkpoint is from before: try a smaller --lr")
+        raise SystemExit(f"update {step} is not finite: {numbers}; the last checkpoint is older: try a smaller --lr")
     return numbers
 
 
@@ -539,7 +540,9 @@ class Clips:
 
         self.video, self.act = move("video"), move("actions")
         self.flow = move("flow") if args.target == "flow" else None
-        self.cue = torch.as_tensor(centres(truth(clips)[chosen], args.slots)).to(self.device) if args.init == "com" else None
+        self.cue = None
+        if args.init == "com":
+            self.cue = torch.as_tensor(centres(truth(clips)[chosen], args.slots)).to(self.device)
 
     def window(self, clip, start, T):
         """clip, start (B,) -> video (T,B,3,H,W), target (T,B,C,H,W), act (T,B,m), cue (B,K,3) or None."""
@@ -562,7 +565,7 @@ def truth(clips):
 
 
 def centres(masks, slots):
-    """(N,T,K,3): y and x in [0,1] of the centre of part j+1, and 1 if it is in the frame; zeros for slots without part."""
+    """(N,T,K,3): y and x in [0,1] of the centre of part j+1, and 1 if it is there; zeros for slots without part."""
     out, (H, W) = np.zeros((*masks.shape[:2], slots, 3), np.float32), masks.shape[2:]
     y, x = (np.arange(H) + 0.5) / H, (np.arange(W) + 0.5) / W
     for j in range(slots):
@@ -574,7 +577,7 @@ def centres(masks, slots):
 
 
 def train(model, data, args, seed, store, watch, log):
-    """Train from where `store` left off to --updates or --until; returns the curve [(update, recon, validation FG-ARI)].
+    """Train from where `store` left off to --updates or --until; returns the curve [(update, recon, FG-ARI)].
 
     Batches depend on the seed and the number of the update alone, so a resumed run sees the same ones.
     store: (save(state), load() -> state or None); watch(model) -> {metric: float}; log(update, numbers)."""
@@ -609,7 +612,8 @@ def train(model, data, args, seed, store, watch, log):
             curve.append([step, numbers["recon"], seen["fg_ari"]])
             log(step, {f"losses/{k}": v for k, v in numbers.items()} | {f"eval/{k}": v for k, v in seen.items()}
                 | {"charts/UPS": speed, "charts/lr": opt.param_groups[0]["lr"]}, (end - step) / speed / 60)
-            save({"model": model.state_dict(), "opt": opt.state_dict(), "step": step, "curve": curve, "args": asdict(args)})
+            save({"model": model.state_dict(), "opt": opt.state_dict(), "step": step, "curve": curve,
+                  "args": asdict(args)})
     return curve
 
 
@@ -624,7 +628,8 @@ def see(model, data, clips):
     noise = data.noise(torch.Generator().manual_seed(0), T, B)
     before, after, _ = model(video, act, cue, noise)
     picture, alpha, each = model.decode(after)
-    out = dict(alpha=alpha, picture=picture, each=each, target=target, video=video, predicted=model.decode(before[1:])[0])
+    out = dict(alpha=alpha, picture=picture, each=each, target=target, video=video,
+               predicted=model.decode(before[1:])[0])
     return {k: v.transpose(0, 1).cpu().numpy() for k, v in out.items()}
 
 
@@ -833,12 +838,13 @@ def draw(model, clips, meta, args, folder):
 # --------------------------------------------------------------------------------------------------------------- cells
 def load_clips(args):
     """(arrays, meta) of the data set of the flags, rendered first if need be."""
+    name = f"{args.data}-{args.color}-{args.floor}-{args.size}px"
     if args.data == "mocapact":
-        folder = Path(args.cache) / f"mocapact-{args.color}-{args.floor}-{args.size}px-{args.clip_frames}f"
+        folder = Path(args.cache) / f"{name}-{args.clip_frames}f"
         render_mocapact(args.mocapact_dir, folder, args.clip_frames, args.size, color=args.color, floor=args.floor,
                         workers=args.workers)
     else:
-        folder = Path(args.cache) / f"{args.data}-{args.color}-{args.floor}-{args.size}px-{args.clips}x{args.clip_frames}"
+        folder = Path(args.cache) / f"{name}-{args.clips}x{args.clip_frames}"
         make_video(folder, args.data, args.clips, args.clip_frames, args.size, args.color, args.floor, 0, args.workers)
     return open_video(folder)
 
@@ -847,15 +853,15 @@ def pick(clips, split, most=None):
     """The clips of one split, at most so many, evenly over the list (families alternate)."""
     chosen = np.flatnonzero(clips["split"] == split)
     if not len(chosen):
-        raise SystemExit(f"no clip in split {split} (0 train, 1 test, 2 validation) of {len(clips['split'])}: make more "
-                         "clips, --clips 10 at least")
+        raise SystemExit(f"no clip in split {split} (0 train, 1 test, 2 validation) of {len(clips['split'])}: make "
+                         "more clips, --clips 10 at least")
     return chosen[np.linspace(0, len(chosen) - 1, min(most or len(chosen), len(chosen))).round().astype(int)]
 
 
 def run_cell(cell, args, root, run=None):
     """Train and test one network, cell = {name, seed, flags}: its scores, also in root/cells/<name>.json.
 
-    A cell that is there is not run again, one that was killed goes on from its checkpoint. run: log and checkpoint there."""
+    A cell that is there is not run again, one that was killed goes on from its checkpoint. run: log and save there."""
     file = Path(root) / "cells" / f"{cell['name']}.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -888,8 +894,8 @@ def run_cell(cell, args, root, run=None):
     def log(step, numbers, left):
         if run:
             run.log(step, numbers)
-            print(f"update {step:,}: reconstruction {numbers['losses/recon']:.5f}, FG-ARI {numbers['eval/fg_ari']:.3f} on "
-                  f"validation, {numbers['charts/UPS']:.1f} updates/s | {left:.1f} min left", flush=True)
+            print(f"update {step:,}: reconstruction {numbers['losses/recon']:.5f}, FG-ARI {numbers['eval/fg_ari']:.3f} "
+                  f"on validation, {numbers['charts/UPS']:.1f} updates/s | {left:.1f} min left", flush=True)
 
     curve = [] if args.eval_only else train(model, train_data, args, cell["seed"], store, watch, log)
     trained = time.time() - began
@@ -915,7 +921,8 @@ def run_cells(cells, args, root):
         left = (len(cells) - len(done)) * sum(r["seconds"] for r in done) / len(done) / side
         s = result["scores"]
         print(f"{len(done)}/{len(cells)} {result['name']}: {result['seconds']:.0f} s, FG-ARI {s['fg_ari']:.3f}, top-1 "
-              f"{s['top1']:.2f}, effective slots {s['eff']:.1f}, PSNR {s['psnr']:.1f} | {left / 60:.0f} min left", flush=True)
+              f"{s['top1']:.2f}, effective slots {s['eff']:.1f}, PSNR {s['psnr']:.1f} | {left / 60:.0f} min left",
+              flush=True)
 
     if args.device != "cpu" or args.workers == 1:
         for cell in cells:
@@ -969,14 +976,16 @@ def baselines_of(args):
 def single(args, run):
     """Train (or only measure) --seeds networks on one data set; table beside the trivial baselines."""
     baselines = baselines_of(args)
-    cells = [dict(name=f"seed{s}", seed=s, flags={}, draw=s == args.seed) for s in range(args.seed, args.seed + args.seeds)]
+    seeds = range(args.seed, args.seed + args.seeds)
+    cells = [dict(name=f"seed{s}", seed=s, flags={}, draw=s == args.seed) for s in seeds]
     done = [run_cell(cells[0], args, run.dir, run)] if args.seeds == 1 else run_cells(cells, args, run.dir)
     metrics = ["fg_ari", "fg_ari_frame", "ari", "miou", "mbo", "consistency"]
     metrics += ["designated"] * ("designated" in done[0]["scores"])
-    names = dict(fg_ari="FG-ARI", fg_ari_frame="per frame", ari="ARI", miou="mIoU", mbo="mBO", consistency="consistency",
-                 designated="designated IoU")
+    names = dict(fg_ari="FG-ARI", fg_ari_frame="per frame", ari="ARI", miou="mIoU", mbo="mBO",
+                 consistency="consistency", designated="designated IoU")
     print(f"\n{args.data} ({args.color}), {done[0]['clips']} test clips of {args.clip_frames} frames, {len(done)} seed"
-          + f"{'s, mean [95 % interval]' if len(done) > 1 else ''}\n{'':<30}" + "".join(f"{names[k]:>20}" for k in metrics))
+          + f"{'s, mean [95 % interval]' if len(done) > 1 else ''}\n{'':<30}"
+          + "".join(f"{names[k]:>20}" for k in metrics))
     print_baselines(baselines, metrics)
     print(f"{'SAVi, ' + str(args.slots) + ' slots':<30}" + show(done, metrics))
     more = [k for k in ("top1", "eff", "conf", "whole", "psnr", "pred_psnr", "copy_psnr", "fg_ari_parts", "locality",
@@ -987,11 +996,13 @@ def single(args, run):
     return dict(baselines=baselines, cells=done)
 
 
-WORDS = dict(top1="top-1 share of the foreground in one slot (monopoly: 1)", eff="effective number of slots (exp of entropy)",
-             conf="confidence (mean largest alpha)", whole="whole-foreground IoU of the best slot", psnr="PSNR, corrected slots",
+WORDS = dict(top1="top-1 share of the foreground in one slot (monopoly: 1)", psnr="PSNR, corrected slots",
+             eff="effective number of slots (exp of entropy)", conf="confidence (mean largest alpha)",
+             whole="whole-foreground IoU of the best slot",
              pred_psnr="PSNR, slots predicted one frame ahead", copy_psnr="PSNR of showing the last frame again",
              fg_ari_parts="FG-ARI against parts instead of bodies", locality="counterfactual locality",
-             slot_share="share of that change in the designated slot", area="area of the true change (locality by chance)")
+             slot_share="share of that change in the designated slot",
+             area="area of the true change (locality by chance)")
 
 # arm: (name, flags). Same slots, size, decoder, data order and updates; A1-A4 have the same parameters.
 _AC = dict(init="action", predictor="action", pred_weight=1.0)
@@ -1005,8 +1016,8 @@ ARMS = {"A0": ("SAVi as published", dict(init="learned", predictor="transformer"
 
 
 def action_verdict(by_arm, baselines):
-    """The rule, fixed before any run: with at least 5 seeds, A4's 95 % intervals of part FG-ARI and of designated IoU both
-    lie above those of A1, A2 and A3 and above the best grid; anything else is no benefit."""
+    """The rule, fixed before any run: with at least 5 seeds, A4's 95 % intervals of part FG-ARI and of designated IoU
+    both lie above those of A1, A2 and A3 and above the best grid; anything else is no benefit."""
     for metric in ("fg_ari", "designated"):
         low = spread([c["scores"][metric] for c in by_arm["A4"]])[1]
         rivals = [spread([c["scores"][metric] for c in by_arm[a]])[2] for a in ("A1", "A2", "A3")]
@@ -1025,24 +1036,25 @@ def action_study(args, run):
     by_arm = {arm: [c for c in done if c["name"].startswith(arm)] for arm in ARMS}
     metrics = ["fg_ari", "designated", "top1", "pred_psnr", "locality", "slot_share"]
     print(f"\n{args.data} ({args.color}), {args.seeds} seeds, mean [95 % interval]\n{'':<30}"
-          + "".join(f"{x:>20}" for x in ("FG-ARI", "designated IoU", "top-1", "prediction PSNR", "locality", "slot share")))
+          + "".join(f"{x:>20}" for x in ("FG-ARI", "designated IoU", "top-1", "predicted PSNR", "locality",
+                                         "slot share")))
     print_baselines({k: v for k, v in baselines.items() if k.startswith(("grid", "k-means"))}, metrics)
     for arm, (name, _) in ARMS.items():
         print(f"{arm + ' ' + name:<30}" + show(by_arm[arm], metrics))
     verdict = action_verdict(by_arm, baselines)
-    print(f"\nverdict by the rule fixed in advance (A4 above A1-A3 and the best grid on both, intervals apart): {verdict}")
+    print(f"\nverdict by the rule fixed in advance (A4 above A1-A3 and the best grid, intervals apart): {verdict}")
     return dict(baselines=baselines, cells=done, verdict=verdict)
 
 
 def slots_study(args, run, counts=(3, 5, 7, 9, 11), colors=("default", "parts")):
-    """The seed study's finding: does one slot take the whole body, for every number of slots, in one colour and in several?"""
+    """The seed study's finding: does one slot take the whole body, for every number of slots and colour?"""
     baselines = {color: baselines_of(replace(args, color=color)) for color in colors}
     cells = [dict(name=f"{color}-K{K}-seed{s}", seed=s, flags=dict(slots=K, color=color))
              for s in range(args.seed, args.seed + args.seeds) for color in colors for K in counts]
     done = run_cells(cells, args, run.dir)
     metrics = ["top1", "whole", "eff", "conf", "fg_ari", "psnr"]
-    print(f"\n{args.data}, {args.seeds} seed{'s, mean [95 % interval]' if args.seeds > 1 else ''}; a monopoly has top-1 and "
-          f"whole-body IoU near 1, a smear has K effective slots and confidence 1/K\n{'':<30}"
+    print(f"\n{args.data}, {args.seeds} seed{'s, mean [95 % interval]' if args.seeds > 1 else ''}; a monopoly has "
+          f"top-1 and whole-body IoU near 1, a smear has K effective slots and confidence 1/K\n{'':<30}"
           + "".join(f"{x:>20}" for x in ("top-1", "whole-body IoU", "effective slots", "confidence", "FG-ARI", "PSNR")))
     for color in colors:
         for K in counts:
@@ -1089,8 +1101,8 @@ def read_checkpoint(path):
         state = torch.load(path, "cpu", weights_only=True)
         return {"model": state["model"], "args": state["args"]}
     except Exception as e:  # a foreign or damaged file can raise almost anything
-        raise SystemExit(f"--checkpoint {path} cannot be read ({type(e).__name__}): expected the checkpoint.pt of a run of "
-                         "savi.py") from e
+        raise SystemExit(f"--checkpoint {path} cannot be read ({type(e).__name__}): expected the checkpoint.pt of a "
+                         "run of savi.py") from e
 
 
 def describe(args):
@@ -1101,11 +1113,13 @@ def describe(args):
     return dict(command=command, commit=git.stdout.strip() or None, hardware=chip, args=asdict(args))
 
 
-PRESETS = {"cpu": dict(size=32, dim=64, decoder="mlp", clips=500, clip_frames=12, updates=3000, frames=2, batch=16, lr=1e-3),
+PRESETS = {"cpu": dict(size=32, dim=64, decoder="mlp", clips=500, clip_frames=12, updates=3000, frames=2, batch=16,
+                       lr=1e-3),
            "gpu": dict(size=64, dim=128, decoder="conv", clips=1200, clip_frames=24, updates=30_000, frames=6, batch=32,
                        lr=2e-4)}
+# what is read from a checkpoint
 NETWORK = ("data", "color", "floor", "clips", "clip_frames", "size", "slots", "dim", "init", "predictor", "interact",
-           "partition", "decoder", "target", "iters_first", "iters_next", "noise", "mocapact_dir")  # read from a checkpoint
+           "partition", "decoder", "target", "iters_first", "iters_next", "noise", "mocapact_dir")
 
 
 def fill_args(args):
@@ -1117,7 +1131,7 @@ def fill_args(args):
         saved = read_checkpoint(args.checkpoint)["args"]
         args = replace(args, **{k: saved[k] for k in NETWORK})
     elif args.eval_only:
-        raise SystemExit("--eval-only measures a network that has learned: type its --checkpoint runs/NAME/checkpoint.pt")
+        raise SystemExit("--eval-only measures a network that has learned: type --checkpoint runs/NAME/checkpoint.pt")
     preset = PRESETS[{"auto": "gpu" if device == "cuda" else "cpu"}.get(args.preset, args.preset)]
     extra = dict(color={"humanoid": "default", "crowd": "random", "mocapact": "default"}.get(args.data, "parts"),
                  slots={"objects": 6, "pushed": 4}.get(args.data, 7))
@@ -1135,13 +1149,14 @@ def fill_args(args):
     if args.study and args.data != "humanoid":
         raise SystemExit(f"--study slots is about one body: type --data humanoid instead of {args.data}")
     if args.data == "mocapact" and not args.mocapact_dir:
-        raise SystemExit("--data mocapact needs --mocapact-dir, a folder with CMU_*.hdf5; --data humanoid needs no download")
-    for name in ("updates", "frames", "batch", "slots", "seeds", "workers", "threads", "iters_first", "iters_next", "clips"):
+        raise SystemExit("--data mocapact needs --mocapact-dir, a folder with CMU_*.hdf5; --data humanoid needs none")
+    for name in ("updates", "frames", "batch", "slots", "seeds", "workers", "threads", "iters_first", "iters_next",
+                 "clips"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a whole number, at least 1")
     if args.clip_frames < args.frames:
-        raise SystemExit(f"clips of {args.clip_frames} frames are shorter than a training sequence of {args.frames}: type "
-                         f"--frames {args.clip_frames} or --clip-frames {args.frames}")
+        raise SystemExit(f"clips of {args.clip_frames} frames are shorter than a training sequence of {args.frames}: "
+                         f"type --frames {args.clip_frames} or --clip-frames {args.frames}")
     return args
 
 
@@ -1159,8 +1174,8 @@ def main(args: Args):
     run = Run(args.data, "savi", args.seed, asdict(args), args.resume)
     print(f"SAVi: {kind.__name__}, {args.data} ({args.color}), {args.size} pixels, {args.slots} slots of {args.dim}, "
           f"{args.decoder} decoder, {args.device}, {'compiled' if args.compile else 'eager'}, run folder {run.dir}")
-    print(f"budget: {args.clips} clips of {args.clip_frames} frames, {args.updates:,} updates of {args.batch} x {args.frames} "
-          f"frames, learning rate {args.lr}, prediction weight {args.pred_weight}", flush=True)
+    print(f"budget: {args.clips} clips of {args.clip_frames} frames, {args.updates:,} updates of {args.batch} x "
+          f"{args.frames} frames, learning rate {args.lr}, prediction weight {args.pred_weight}", flush=True)
     if args.track:
         import wandb
         wandb.init(project="savi", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
