@@ -1,24 +1,24 @@
 """SAVi: slots from video, and slots that actions explain, in one file.
 
-The idea (Kipf et al., "Conditional Object-Centric Learning from Video", ICLR 2022): K vectors, slots, compete for the pixels
-of each frame; a predictor carries them to the next one, and each is decoded to a picture and a mask of its own. With
-reconstruction (or optical flow) as the only goal, slots settle on objects. Giridhar et al. ("Explorations in Dynamics
-Decomposition for Multi-Task RL", Sections 3.3 and 5.2, Figure 3) trained it on video of a humanoid: one slot took the whole
-body, and they propose to tie slots to groups of actions. Both are here, with video made on the spot and every score printed
-beside rules that learn nothing: on a centred body a fixed 2x3 grid already looks good.
+The idea (Kipf et al., "Conditional Object-Centric Learning from Video", ICLR 2022): K vectors, slots, compete for the
+pixels of each frame; a predictor carries them to the next one, and each is decoded to a picture and a mask of its own.
+With reconstruction (or optical flow) as the only goal, slots settle on objects. Giridhar et al. ("Explorations in
+Dynamics Decomposition for Multi-Task RL", Sections 3.3 and 5.2, Figure 3) trained it on video of a humanoid: one slot
+took the whole body, and they propose to tie slots to groups of actions. Both are here, with video made on the spot and
+every score printed beside rules that learn nothing: on a centred body a fixed 2x3 grid already looks good.
 
     python savi.py                                        # 500 clips of moving objects, 6 slots (minutes: README)
     python savi.py --data humanoid --slots 7              # the seed study's experiment: who draws the body?
     python savi.py --data humanoid --study slots          # the same for 3 to 11 slots, one colour and five
     python savi.py --data pushed --ablation action        # do actions explain slots? Arms A0-A6, rule fixed in advance
 
-Copy me together with envs.py and data.py. Shapes: B clips, T frames, K slots, D slot size, N tokens, m actions, H W pixels;
-time first: video (T, B, 3, H, W), act (T, B, m), slots (T, B, K, D); act[t] was active until frame t.
+Copy me together with envs.py and data.py. Shapes: B clips, T frames, K slots, D slot size, N tokens, m actions, H W
+pixels; time first: video (T, B, 3, H, W), act (T, B, m), slots (T, B, K, D); act[t] was active until frame t.
 
 Deviations and choices:
- 1. Data: scenes of MuJoCo instead of MOVi and MoCapAct, which need downloads; --data mocapact re-renders stored poses.
+ 1. Data: scenes of MuJoCo instead of MOVi and MoCapAct, which are downloads; --data mocapact re-renders stored poses.
  2. The loss is a mean over pixels, SAVi's a sum; its gradient clip of 0.05 then acts in the first updates only.
- 3. The predictor is SAVi's residual MLP per slot (its choice for robots); --predictor transformer is the one across slots.
+ 3. The predictor is a residual MLP per slot (the authors' choice for robots); --predictor transformer is the other.
  4. Two iterations of slot attention on the first frame, one on later ones, with the residual MLP of the original module.
  5. The preset cpu has 32 pixels, 64 numbers per slot, 2 frames and, instead of transposed convolutions, an MLP per cell of
     2x2 pixels with sines of the position.
@@ -349,8 +349,8 @@ def position_grid(h, w, waves=0):
 
 
 def flax_init(layer):
-    """Weights of variance 1 / fan-in and no bias, as in the authors' JAX code; torch's default is a third of that, and the
-    content of a frame then drowns in its positions."""
+    """Weights of variance 1 / fan-in and no bias, as in the authors' JAX code; torch's default is a third of that,
+    and the content of a frame then drowns in its positions."""
     if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         fan_in = layer.weight[0].numel() if not isinstance(layer, nn.ConvTranspose2d) else layer.weight[:, 0].numel()
         nn.init.normal_(layer.weight, std=fan_in ** -0.5)
@@ -398,7 +398,7 @@ class Encoder(nn.Module):
         self.register_buffer("grid", position_grid(side, side), persistent=False)
 
     def forward(self, frames):
-        x = self.conv(4 * frames - 2)                                                    # colours of about unit variance
+        x = self.conv(4 * frames - 2)                                                # colours of about unit variance
         return self.mlp(x.flatten(2).mT + self.position(self.grid))
 
 
@@ -410,7 +410,7 @@ class Decoder(nn.Module):
     def __init__(self, kind, size, dim, out, hidden=64):
         super().__init__()
         self.kind, self.side = kind, 8 if kind == "conv" else size // 2
-        # Convolutions make edges out of a linear position; a small MLP stays blind for them without sines (never separated)
+        # Convolutions make edges out of a linear position, a small MLP hardly does without sines.
         self.register_buffer("grid", position_grid(self.side, self.side, 0 if kind == "conv" else 4), persistent=False)
         if kind == "conv":
             self.position = nn.Linear(4, dim)
@@ -422,8 +422,8 @@ class Decoder(nn.Module):
         else:
             # The first layer is linear in slot + position: both halves are computed once, not once per cell and slot.
             self.slot, self.position = nn.Linear(dim, hidden), nn.Linear(20, hidden, bias=False)
-            self.net = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                                     nn.Linear(hidden, 4 * out))
+            self.net = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
+                                     nn.ReLU(), nn.Linear(hidden, 4 * out))
 
     def forward(self, slots):
         n, side = len(slots), self.side
