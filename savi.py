@@ -16,7 +16,7 @@ Copy me together with envs.py and data.py. Shapes: B clips, T frames, K slots, D
 pixels; time first: video (T, B, 3, H, W), act (T, B, m), slots (T, B, K, D); act[t] was active until frame t.
 
 Deviations and choices:
- 1. Data: scenes of MuJoCo instead of MOVi and MoCapAct, which are downloads; --data mocapact re-renders stored poses.
+ 1. Data: scenes of MuJoCo instead of MOVi and MoCapAct, which are downloads; --data mocapact re-renders its poses.
  2. The loss is a mean over pixels, SAVi's a sum; its gradient clip of 0.05 then acts in the first updates only.
  3. The predictor is a residual MLP per slot (the authors' choice for robots); --predictor transformer is the other.
  4. Two iterations of slot attention on the first frame, one on later ones, with the residual MLP of the original module.
