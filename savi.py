@@ -248,15 +248,19 @@ def baseline_masks(true, video, k=5, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------ partitions of actions
-def discover(act, change, most):
-    """SD2 (ED2, arXiv 2112.02817): groups of action indices from act (N,m) and what it moved, change (N,n).
+def discover(pairs, most):
+    """SD2 (ED2, arXiv 2112.02817): groups of action indices from pairs of act (N,m) and what it moved, change (N,n).
 
     Actions are alike when their |correlations| with the changes are; the most related pair is merged while that is
     above chance, or while there are more than `most` groups. Actions that never vary join the last group."""
-    act, change = np.asarray(act, np.float64), np.asarray(change, np.float64)
-    moves = np.flatnonzero(act.std(0) > 1e-6)
-    a, d = act[:, moves], change[:, change.std(0) > 1e-8]
-    feature = np.abs(((a - a.mean(0)) / a.std(0)).T @ ((d - d.mean(0)) / d.std(0))) / len(a)
+    m, moves = pairs[0][0].shape[1], np.flatnonzero(pairs[0][0].std(0) > 1e-6)
+
+    def unit_variance(x):
+        x = np.asarray(x, np.float64)
+        return (x - x.mean(0)) / x.std(0)
+
+    feature = np.concatenate([np.abs(unit_variance(a[:, moves]).T @ unit_variance(d[:, d.std(0) > 1e-7])) / len(a)
+                              for a, d in pairs], 1)
     unit = feature / np.maximum(np.linalg.norm(feature, axis=1, keepdims=True), 1e-12)
     sim, groups = unit @ unit.T, [[i] for i in range(len(moves))]
 
@@ -273,7 +277,7 @@ def discover(act, change, most):
         merged = groups[-i] + groups[-j]
         groups = [g for n, g in enumerate(groups) if n not in (-i, -j)] + [merged]
     groups = sorted(sorted(moves[g].tolist()) for g in groups)
-    groups[-1] = sorted(groups[-1] + [i for i in range(act.shape[1]) if i not in moves])
+    groups[-1] = sorted(groups[-1] + [i for i in range(m) if i not in moves])
     return groups
 
 
@@ -312,9 +316,9 @@ def choose_partition(name, clips, meta, slots, seed):
             groups = [[next(order) for _ in g] for g in groups]
     elif name == "discovered":
         train = clips["split"] == 0
-        act, state = clips["actions"][train], clips["state"][train].astype(np.float64)
-        change = np.concatenate([np.diff(state, axis=1), state[:, 1:]], 2)      # forces change it, servos also place it
-        groups = discover(act[:, 1:].reshape(-1, m), change.reshape(-1, change.shape[-1]), slots - 1)
+        act, step = clips["actions"][train][:, 1:], np.diff(clips["state"][train].astype(np.float64), axis=1)
+        pairs = [(act, step), (np.diff(act, axis=1), step[:, 1:])]          # forces cause motion, servos by changing
+        groups = discover([[x.reshape(-1, x.shape[-1]) for x in pair] for pair in pairs], slots - 1)
     else:
         try:
             groups = json.loads(Path(name).read_text())
