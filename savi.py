@@ -249,18 +249,18 @@ def baseline_masks(true, video, k=5, seed=0):
 
 # ------------------------------------------------------------------------------------------------ partitions of actions
 def discover(pairs, most):
-    """SD2 (ED2, arXiv 2112.02817): groups of action indices from pairs of act (N,m) and what it moved, change (N,n).
+    """SD2 (ED2, arXiv 2112.02817): groups of action indices from pairs of act (N,m) and what it moved, change (N,n,3).
 
-    Actions are alike when their |correlations| with the changes are; the most related pair is merged while that is
-    above chance, or while there are more than `most` groups. Actions that never vary join the last group."""
-    m, moves = pairs[0][0].shape[1], np.flatnonzero(pairs[0][0].std(0) > 1e-6)
-
+    Actions are alike when their effects are, the squared correlations with each body's motion summed over x y z (force
+    along x and along y have no coordinate in common). The most related pair is merged while that is above chance, or
+    while there are more than `most` groups. Actions that never vary join the last group."""
     def unit_variance(x):
-        x = np.asarray(x, np.float64)
-        return (x - x.mean(0)) / x.std(0)
+        x = np.asarray(x, np.float64).reshape(len(x), -1)
+        return (x - x.mean(0)) / np.where(x.std(0) > 1e-6, x.std(0), np.inf)
 
-    feature = np.concatenate([np.abs(unit_variance(a[:, moves]).T @ unit_variance(d[:, d.std(0) > 1e-7])) / len(a)
-                              for a, d in pairs], 1)
+    moves = np.flatnonzero(unit_variance(pairs[0][0]).any(0))
+    feature = sum(np.square(unit_variance(a).T @ unit_variance(d) / len(a)) for a, d in pairs)
+    feature, m = feature.reshape(len(feature), -1, 3).sum(2)[moves], len(feature)
     unit = feature / np.maximum(np.linalg.norm(feature, axis=1, keepdims=True), 1e-12)
     sim, groups = unit @ unit.T, [[i] for i in range(len(moves))]
 
@@ -318,7 +318,7 @@ def choose_partition(name, clips, meta, slots, seed):
         train = clips["split"] == 0
         act, step = clips["actions"][train][:, 1:], np.diff(clips["state"][train].astype(np.float64), axis=1)
         pairs = [(act, step), (np.diff(act, axis=1), step[:, 1:])]          # forces cause motion, servos by changing
-        groups = discover([[x.reshape(-1, x.shape[-1]) for x in pair] for pair in pairs], slots - 1)
+        groups = discover([(a.reshape(-1, m), d.reshape(-1, d.shape[-1] // 3, 3)) for a, d in pairs], slots - 1)
     else:
         try:
             groups = json.loads(Path(name).read_text())
