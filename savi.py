@@ -353,8 +353,7 @@ def position_grid(h, w, waves=0):
 
 
 def flax_init(layer):
-    """Weights of variance 1 / fan-in and no bias, as in the authors' JAX code; torch's default is a third of that,
-    and the content of a frame then drowns in its positions."""
+    """Weights of variance 1 / fan-in and no bias, as in the authors' JAX code; torch's default is a third of that."""
     if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         fan_in = layer.weight[0].numel() if not isinstance(layer, nn.ConvTranspose2d) else layer.weight[:, 0].numel()
         nn.init.normal_(layer.weight, std=fan_in ** -0.5)
@@ -414,7 +413,7 @@ class Decoder(nn.Module):
     def __init__(self, kind, size, dim, out, hidden=64):
         super().__init__()
         self.kind, self.side = kind, 8 if kind == "conv" else size // 2
-        # Convolutions make edges out of a linear position, a small MLP hardly does without sines.
+        # sines, because the MLP sees one cell at a time and cannot make edges out of its neighbours
         self.register_buffer("grid", position_grid(self.side, self.side, 0 if kind == "conv" else 4), persistent=False)
         if kind == "conv":
             self.position = nn.Linear(4, dim)
@@ -484,7 +483,7 @@ class SAVi(nn.Module):
         if stochastic:
             self.spread = nn.Linear(dim, 2 * dim)
         self.apply(flax_init)
-        with torch.no_grad():  # slots that look at different tokens from the start: the plateau ends earlier
+        with torch.no_grad():  # wide logits, so that slots look at different tokens from the start
             self.attention.q.weight *= 3
             self.attention.k.weight *= 3
 
