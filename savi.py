@@ -114,7 +114,7 @@ class Args:
     """with --predictor action: slots also attend to each other, which lets actions reach all of them"""
     partition: str = "none"
     """actions of each slot: none; global (all to all); body (the parts' own); random (same sizes); discovered (SD2 on
-    body positions, written as partition.json); or a JSON file with a list of lists of action indices"""
+    body positions, written to cells/*.partition.json); or a JSON file with a list of lists of action indices"""
     decoder: Literal["conv", "mlp"] | None = None
     """spatial broadcast decoder: transposed convolutions (SAVi), or an MLP per cell, 40 times cheaper on a CPU"""
     target: Literal["rgb", "flow"] = "rgb"
