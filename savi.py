@@ -20,7 +20,7 @@ Deviations and choices:
  2. The loss is a mean over pixels, SAVi's a sum; its gradient clip of 0.05 then acts in the first updates only.
  3. The predictor is a residual MLP per slot (the authors' choice for robots); --predictor transformer is the other.
  4. Two iterations of slot attention on the first frame, one on later ones, with the original module's residual MLP.
- 5. The preset cpu has 32 pixels, 64 numbers per slot, 2 frames and, instead of transposed convolutions, an MLP per
+ 5. The preset cpu has 32 pixels, 64 numbers per slot, 4 frames and, instead of transposed convolutions, an MLP per
     cell of 2x2 pixels with sines of the position.
  6. Frames are centred and scaled before the encoder; weights start as in the authors' JAX code, not as in PyTorch.
  7. --init com conditions on centres of parts instead of boxes; the slots left for the background come last.
@@ -483,9 +483,6 @@ class SAVi(nn.Module):
         if stochastic:
             self.spread = nn.Linear(dim, 2 * dim)
         self.apply(flax_init)
-        with torch.no_grad():  # wide logits, so that slots look at different tokens from the start
-            self.attention.q.weight *= 3
-            self.attention.k.weight *= 3
 
     def effects(self, act):
         """c_j = W2 relu(W1 [M_j * a; M_j]): what slot j may know of the actions act (B,m)."""
@@ -1162,7 +1159,7 @@ def describe(args):
     return dict(command=command, commit=git.stdout.strip() or None, hardware=chip, args=asdict(args))
 
 
-PRESETS = {"cpu": dict(size=32, dim=64, decoder="mlp", clips=500, clip_frames=12, updates=4000, frames=2, batch=16,
+PRESETS = {"cpu": dict(size=32, dim=64, decoder="mlp", clips=500, clip_frames=12, updates=3000, frames=4, batch=8,
                        lr=2e-3),
            "gpu": dict(size=64, dim=128, decoder="conv", clips=1200, clip_frames=24, updates=30_000, frames=6, batch=32,
                        lr=2e-4)}
