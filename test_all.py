@@ -1897,7 +1897,7 @@ def test_published_chunks_train_a_model_and_one_policy(tmp_path, monkeypatch):
 
 def test_readme_commands_parse_and_its_files_exist():
     text = Path(HERE, "README.md").read_text()
-    scripts = {"pwm.py": pwm, "ed2.py": ed2}
+    scripts = {"pwm.py": pwm, "ed2.py": ed2, "mow.py": mow, "savi.py": savi}
     parsed = []
     for line in [line for block in text.split("```")[1::2] for line in block.splitlines()]:
         words = line.split("#")[0].split("&&")[-1].split()
