@@ -7,7 +7,7 @@ Dynamics Decomposition for Multi-Task RL", Sections 3.3 and 5.2, Figure 3) train
 took the whole body, and they propose to tie slots to groups of actions. Both are here, with video made on the spot and
 every score printed beside rules that learn nothing: on a centred body a fixed 2x3 grid already looks good.
 
-    python savi.py                                        # 500 clips of moving objects, 6 slots (minutes: README)
+    python savi.py                                        # 500 clips of moving objects, 6 slots, FG-ARI: README
     python savi.py --data humanoid --slots 7              # the seed study's experiment: who draws the body?
     python savi.py --data humanoid --study slots          # the same for 3 to 11 slots, one colour and five
     python savi.py --data pushed --ablation action        # do actions explain slots? Arms A0-A6, rule fixed in advance
@@ -20,9 +20,10 @@ Deviations and choices:
  2. The loss is a mean over pixels, SAVi's a sum; its gradient clip of 0.05 then acts in the first updates only.
  3. The predictor is a residual MLP per slot (the authors' choice for robots); --predictor transformer is the other.
  4. Two iterations of slot attention on the first frame, one on later ones, with the original module's residual MLP.
- 5. The preset cpu has 32 pixels, 64 numbers per slot, 4 frames and, instead of transposed convolutions, an MLP per
+ 5. The preset cpu has 32 pixels, 64 numbers per slot, 8 frames and, instead of transposed convolutions, an MLP per
     cell of 2x2 pixels with sines of the position.
- 6. Frames are centred and scaled before the encoder; weights start as in the authors' JAX code, not as in PyTorch.
+ 6. Frames are centred and scaled before the encoder; weights start as in the authors' JAX code, not as in PyTorch;
+    StoSAVi's variance starts at that of its prior.
  7. --init com conditions on centres of parts instead of boxes; the slots left for the background come last.
  8. Action-conditioned slots, their arms and their verdict are ours: the seed study proposes the direction only.
 """
@@ -483,6 +484,8 @@ class SAVi(nn.Module):
         if stochastic:
             self.spread = nn.Linear(dim, 2 * dim)
         self.apply(flax_init)
+        if stochastic:  # at variance 1 the noise of 12 frames grew until it was not finite
+            nn.init.constant_(self.spread.bias[dim:], math.log(0.01))
 
     def effects(self, act):
         """c_j = W2 relu(W1 [M_j * a; M_j]): what slot j may know of the actions act (B,m)."""
@@ -1159,7 +1162,7 @@ def describe(args):
     return dict(command=command, commit=git.stdout.strip() or None, hardware=chip, args=asdict(args))
 
 
-PRESETS = {"cpu": dict(size=32, dim=64, decoder="mlp", clips=500, clip_frames=12, updates=3000, frames=4, batch=8,
+PRESETS = {"cpu": dict(size=32, dim=64, decoder="mlp", clips=500, clip_frames=12, updates=3000, frames=8, batch=4,
                        lr=2e-3),
            "gpu": dict(size=64, dim=128, decoder="conv", clips=1200, clip_frames=24, updates=30_000, frames=6, batch=32,
                        lr=2e-4)}

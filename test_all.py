@@ -4339,6 +4339,8 @@ def test_savi_initialisers_and_noise():
     prior = torch.distributions.Normal(mean.detach(), 0.1)
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (0.5 * log_var).exp()), prior)
     assert torch.allclose(sto.sample(a[1], 0.0)[1], kl.sum(-1).mean(), rtol=1e-4)
+    long = sto(torch.rand(24, 2, 3, 32, 32), torch.zeros(24, 2, 4), None, torch.randn(25, 2, 4, 16))
+    assert long[1].abs().max() < 20 and long[2] < 20  # the noise does not feed itself
     masks = np.zeros((1, 1, 4, 6), int)
     masks[0, 0, 1:3, 2] = 2
     assert np.allclose(savi.centres(masks, 3)[0, 0], [[0, 0, 0], [0.5, 2.5 / 6, 1], [0, 0, 0]])
