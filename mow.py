@@ -192,24 +192,26 @@ class Args:
     """discount (STORM)"""
     lam: float = 0.95
     """lambda of the return (STORM)"""
-    entropy: float = 3e-4
-    """weight of the actor's entropy (STORM)"""
+    entropy: float | None = None
+    """weight of the actor's entropy (STORM: 3e-4)"""
+    center: bool = True
+    """subtract every task's mean advantage: a critic that lags behind would reinforce all that was sampled"""
 
 
 PRESETS = {
     "full": dict(steps=100_000, random_steps=1024, warmup=5000, train_every=1, batch=16, length=64, rollouts=256,
                  context=8, horizon=16, lr=1e-4, agent_lr=3e-5, eval_episodes=20, stem=32, latents=32, classes=32,
                  width=512, heads=8, expert_layers=2, shared_layers=2, hidden=512, emb=64, clusters=12,
-                 experts=12, topk=2),
+                 experts=12, topk=2, entropy=3e-4),
     "mid": dict(steps=50_000, random_steps=1024, warmup=2000, train_every=2, batch=8, length=32, rollouts=128,
                 context=8, horizon=15, lr=2e-4, agent_lr=1e-4, eval_episodes=10, stem=16, latents=32, classes=32,
                 width=256, heads=8, expert_layers=2, shared_layers=2, hidden=256, emb=64, clusters=3,
-                experts=6, topk=2),
+                experts=6, topk=2, entropy=3e-4),
     "smoke": dict(steps=2500, random_steps=400, warmup=300, train_every=1, batch=4, length=16, rollouts=32,
                   context=4, horizon=8, lr=1e-3, agent_lr=3e-4, eval_episodes=4, stem=8, latents=16, classes=16,
                   width=64, heads=4, expert_layers=1, shared_layers=1, hidden=64, emb=16, clusters=2,
-                  experts=3, topk=2)}
-WINDOW = 16  # past steps that the acting agent remembers
+                  experts=3, topk=2, entropy=3e-3)}
+WINDOW = 16  # past steps that the acting agent remembers, at most: see Agent.window
 MOW_MEAN_HNS, STORM_MEAN_HNS = 1.104, 1.142  # published means over 26 games: MoW, and 26 STORMs by MoW's authors
 STORM_RETURN = {  # STORM's published mean return per game (5 seeds, one agent per game, released results)
     "Alien": 983.6, "Amidar": 204.8, "Assault": 801.0, "Asterix": 1028.0, "BankHeist": 641.2, "BattleZone": 13540.0,
@@ -717,7 +719,8 @@ def imagine(wm, actor, z, act, first, horizon, tau, step=imagine_step, reset_mas
     return x, act[:, :, :-1], rew[..., :-1], done[..., :-1]
 
 
-def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, gamma, lam, entropy, compat):
+def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, gamma, lam, entropy, compat,
+               center=True):
     """REINFORCE on lambda-returns with the critic as baseline and a percentile scale per task; two-hot critics that
     also follow the returns of their slow copies. x (K, I, H+1, ·), act (K, I, H, A), rew, done (K, I, H); low,
     high (K,) are running percentiles, NaN before the first. -> loss, new low and high, metrics."""
@@ -732,11 +735,16 @@ def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, ga
         new = torch.quantile(R.flatten(1), torch.tensor([0.05, 0.95], device=R.device), dim=1)
         low, high = (torch.where(old.isnan(), now, old.lerp(now, 0.01)) for old, now in zip((low, high), new))
         advantage = (R - value[..., :-1]) / (high - low).clamp(min=1)[:, None, None]
+        mean = advantage.mean((1, 2), keepdim=True)  # of a critic that lags: it would reinforce whatever was sampled
+        spread = (advantage - mean).square().mean().sqrt()
+        if center:
+            advantage = advantage - mean
     logp, ent = (y.view(K, I, H) for y in actor.evaluate(x[:, :, :-1].flatten(1, 2), act.flatten(1, 2)))
     critic_loss = two_hot_loss(logits[:, :, :-1], R) + two_hot_loss(logits[:, :, :-1], R_slow)
     actor_loss = -advantage * logp - entropy * ent
     metrics = {"critic": critic_loss.mean(), "actor": actor_loss.mean(), "entropy": ent.mean(),
-               "imagined_reward": rew.sum(-1).mean(), "value": value.mean()}
+               "imagined_reward": rew.sum(-1).mean(), "value": value.mean(), "advantage_mean": mean.mean(),
+               "advantage_std": spread}
     return (actor_loss + critic_loss).mean(), low, high, {k: v.detach() for k, v in metrics.items()}
 
 
@@ -768,12 +776,14 @@ class Agent:
 
     def __init__(self, args, legal, continuous, n_cont, device):
         K, A = len(legal), legal.shape[1] + n_cont
+        # the actor learns on h of C to C + H steps: one of a longer past would have positions that it has never seen
+        self.window = min(WINDOW, args.context + args.horizon // 2)
         self.args, self.device, self.K, self.A, self.updates = args, device, K, A, 0
         torch.manual_seed(args.seed)
         self.wm = WorldModel(
             K, A, args.clusters, args.experts, args.topk, args.emb, args.stem, args.latents, args.classes, args.width,
             args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm,
-            max_len=max(args.length, args.context + args.horizon + 1, WINDOW)).to(device)
+            max_len=max(args.length, args.context + args.horizon + 1)).to(device)
         self.wm.vaes.to(memory_format=torch.channels_last)  # of images and kernels: faster convolutions
         self.Z = args.latents * args.classes
         i = self.Z + args.width + args.emb
@@ -835,7 +845,7 @@ class Agent:
                              a.reset_mask, torch.bfloat16 if a.bf16 else None)
             loss, self.low, self.high, metrics = self.agent_loss(
                 self.actor, self.critic, self.slow, self.wm.cluster_of, *rolled, self.low, self.high, a.gamma, a.lam,
-                a.entropy, a.lambda_compat)
+                a.entropy, a.lambda_compat, a.center)
         self.agent_opt.zero_grad(set_to_none=True)
         loss.backward()
         metrics["agent_grad_norm"] = nn.utils.clip_grad_norm_(self.agent_params, 100.0)
@@ -862,8 +872,8 @@ class Agent:
 
     def memory(self, R):
         """An empty window of past steps for R environments per task: past_z, past_a, n."""
-        return (torch.zeros(self.K, R, WINDOW, self.Z, device=self.device),
-                torch.zeros(self.K, R, WINDOW, self.A, device=self.device),
+        return (torch.zeros(self.K, R, self.window, self.Z, device=self.device),
+                torch.zeros(self.K, R, self.window, self.A, device=self.device),
                 torch.zeros(self.K, R, dtype=torch.long, device=self.device))
 
     def play(self, obs, memory, seed):
@@ -1518,6 +1528,10 @@ def fill(args, tasks):
         raise SystemExit(f"--experiment {args.experiment} tests on the last fifth of --random-steps "
                          f"{args.random_steps}, which holds no window of --length {args.length}: type --random-steps "
                          f"{5 * args.length + 5} or more")
+    if args.context + args.horizon > args.length:
+        raise SystemExit(f"--context {args.context} + --horizon {args.horizon} steps are more than --length "
+                         f"{args.length}: imagination would reach positions that the world model never learned; type "
+                         f"--length {args.context + args.horizon} or more")
     if args.width % args.heads:
         raise SystemExit(f"--width {args.width} is no multiple of --heads {args.heads}: choose --heads that divides it")
     return args
