@@ -783,7 +783,7 @@ class Agent:
         self.wm = WorldModel(
             K, A, args.clusters, args.experts, args.topk, args.emb, args.stem, args.latents, args.classes, args.width,
             args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm,
-            max_len=max(args.length, args.context + args.horizon + 1)).to(device)
+            max_len=max(args.length, args.context + args.horizon + 1, WINDOW)).to(device)
         self.wm.vaes.to(memory_format=torch.channels_last)  # of images and kernels: faster convolutions
         self.Z = args.latents * args.classes
         i = self.Z + args.width + args.emb
