@@ -209,7 +209,7 @@ PRESETS = {
                   context=4, horizon=8, lr=1e-3, agent_lr=3e-4, eval_episodes=4, stem=8, latents=16, classes=16,
                   width=64, heads=4, expert_layers=1, shared_layers=1, hidden=64, emb=16, clusters=2,
                   experts=3, topk=2)}
-WINDOW = 16  # past steps that the acting agent remembers
+WINDOW = 16  # past steps that the acting agent remembers, at most: see Agent.window
 MOW_MEAN_HNS, STORM_MEAN_HNS = 1.104, 1.142  # published means over 26 games: MoW, and 26 STORMs by MoW's authors
 STORM_RETURN = {  # STORM's published mean return per game (5 seeds, one agent per game, released results)
     "Alien": 983.6, "Amidar": 204.8, "Assault": 801.0, "Asterix": 1028.0, "BankHeist": 641.2, "BattleZone": 13540.0,
@@ -736,7 +736,8 @@ def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, ga
     critic_loss = two_hot_loss(logits[:, :, :-1], R) + two_hot_loss(logits[:, :, :-1], R_slow)
     actor_loss = -advantage * logp - entropy * ent
     metrics = {"critic": critic_loss.mean(), "actor": actor_loss.mean(), "entropy": ent.mean(),
-               "imagined_reward": rew.sum(-1).mean(), "value": value.mean()}
+               "imagined_reward": rew.sum(-1).mean(), "value": value.mean(), "advantage_mean": advantage.mean(),
+               "advantage_std": advantage.std((1, 2)).mean()}
     return (actor_loss + critic_loss).mean(), low, high, {k: v.detach() for k, v in metrics.items()}
 
 
@@ -768,6 +769,8 @@ class Agent:
 
     def __init__(self, args, legal, continuous, n_cont, device):
         K, A = len(legal), legal.shape[1] + n_cont
+        # the actor learns on h of C to C + H steps: one of a longer past would have positions that it has never seen
+        self.window = min(WINDOW, args.context + args.horizon // 2)
         self.args, self.device, self.K, self.A, self.updates = args, device, K, A, 0
         torch.manual_seed(args.seed)
         self.wm = WorldModel(
@@ -862,8 +865,8 @@ class Agent:
 
     def memory(self, R):
         """An empty window of past steps for R environments per task: past_z, past_a, n."""
-        return (torch.zeros(self.K, R, WINDOW, self.Z, device=self.device),
-                torch.zeros(self.K, R, WINDOW, self.A, device=self.device),
+        return (torch.zeros(self.K, R, self.window, self.Z, device=self.device),
+                torch.zeros(self.K, R, self.window, self.A, device=self.device),
                 torch.zeros(self.K, R, dtype=torch.long, device=self.device))
 
     def play(self, obs, memory, seed):
@@ -1518,6 +1521,10 @@ def fill(args, tasks):
         raise SystemExit(f"--experiment {args.experiment} tests on the last fifth of --random-steps "
                          f"{args.random_steps}, which holds no window of --length {args.length}: type --random-steps "
                          f"{5 * args.length + 5} or more")
+    if args.context + args.horizon > args.length:
+        raise SystemExit(f"--context {args.context} + --horizon {args.horizon} steps are more than --length "
+                         f"{args.length}: imagination would reach positions that the world model never learned; type "
+                         f"--length {args.context + args.horizon} or more")
     if args.width % args.heads:
         raise SystemExit(f"--width {args.width} is no multiple of --heads {args.heads}: choose --heads that divides it")
     return args

@@ -3888,7 +3888,7 @@ def test_playing_uses_the_posterior_and_the_episode_so_far(monkeypatch):
         zs.append(seen[-1][..., :16])
         acts.append(torch.from_numpy(a))
         if t:
-            begin = max(t - mow.WINDOW, 0)
+            begin = max(t - agent.window, 0)
             for k, start in ((0, begin), (1, max(begin, 2 * (t > 1)))):
                 h = seen[-1][k, 0, 16:32]
                 if start == t:
@@ -3900,7 +3900,17 @@ def test_playing_uses_the_posterior_and_the_episode_so_far(monkeypatch):
                 mask = (pos[:, None] >= pos).expand(1, 1, -1, -1)
                 want = wm.sequence(z, past, e, J[k:k + 1], torch.ones_like(w[:1]), mask, pos)[0, 0, -1]
                 assert torch.allclose(h, want, atol=1e-5), (t, k)
-    assert memory[2].flatten().tolist() == [16, 16] or memory[2].max() <= mow.WINDOW
+    assert memory[2].flatten().tolist() == [agent.window] * 2
+
+
+@pytest.mark.parametrize("preset,window", [("smoke", 8), ("mid", 15), ("full", 16)])
+def test_the_agent_acts_on_positions_that_its_imagination_visits(preset, window):
+    args = mow.fill(mow.Args(task="Boxing", storm=True, preset=preset, device="cpu", stem=4, width=16), ["Boxing"])
+    agent = mow.make_agent(args, ["Boxing"], [list(range(18))], torch.device("cpu"))
+    assert agent.memory(2)[0].shape[2] == window and args.context <= window < args.context + args.horizon
+    assert args.context + args.horizon <= args.length
+    with pytest.raises(SystemExit, match="--length 12 or more"):
+        mow_args(context=4, horizon=8, length=11)
 
 
 def test_clusters_are_cloned_with_their_adam_moments(tmp_path):
