@@ -1050,6 +1050,18 @@ def evaluate(agent, tasks, options, episodes, seed, video=None):
 
 
 # ---------------------------------------------------------------------------------------------------------- diagnosis
+def ssim(x, y):
+    """Structural similarity of images (.., H, W) in [0, 1], the mean over pixels: (..). Local means and variances are
+    weighted by a Gaussian of 1.5 pixels in windows of 11 that lie within the image (Wang et al., 2004)."""
+    g = torch.exp(-torch.linspace(-5, 5, 11, device=x.device).square() / (2 * 1.5**2))
+    g = g / g.sum()
+    rows, cols = (torch.stack([F.pad(g, (i, n - 11 - i)) for i in range(n - 10)]) for n in x.shape[-2:])
+    mx, my, xx, yy, xy = (rows @ m @ cols.T for m in (x, y, x * x, y * y, x * y))      # products are faster than conv2d
+    c1, c2 = 0.01**2, 0.03**2
+    alike = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
+    return (alike / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))).mean((-2, -1))
+
+
 @torch.no_grad()
 def open_loop(agent, batch, context):
     """Real, reconstructed and imagined images (K, B, L, 3, 64, 64) for real actions, of which only the first `context`
@@ -1071,7 +1083,7 @@ def open_loop(agent, batch, context):
 @torch.no_grad()
 def fidelity(agent, frames, since=0, batches=8):
     """How good the world model is per task, on the frames from row `since` on: PSNR of reconstructions and of open-loop
-    imagination, dynamics KL."""
+    imagination, SSIM of reconstructions, dynamics KL."""
     a, rows = agent.args, []
     for i in range(batches):
         torch.manual_seed(draw_seed(a.seed, 7, i))
@@ -1080,8 +1092,9 @@ def fidelity(agent, frames, since=0, batches=8):
         losses, more = world_model_loss(agent.wm, *batch, agent.temperature(), 0.0, a.gate, a.reset_mask)
         psnr, dream = (-10 * (y - real).square().mean((-3, -2, -1)).clamp(min=1e-8).log10() for y in (rebuilt, dreamt))
         dream = dream[:, :, a.context:]
-        rows.append(torch.stack([psnr.mean((1, 2)), dream.mean((1, 2)), more["dyn_raw"], losses["rec"]]))
-    names = ("psnr", "open_loop_psnr", "dyn_kl", "rec")
+        rows.append(torch.stack([psnr.mean((1, 2)), ssim(rebuilt, real).mean((1, 2, 3)), dream.mean((1, 2)),
+                                 more["dyn_raw"], losses["rec"]]))
+    names = ("psnr", "ssim", "open_loop_psnr", "dyn_kl", "rec")
     return {name: x.tolist() for name, x in zip(names, torch.stack(rows).mean(0))}
 
 
@@ -1292,7 +1305,7 @@ def study_cells(args, K, A):
 def compare(args, tasks, run):
     """--experiment clusters, experts, monolith: world models on the same random play, judged on its last fifth. Every
     cell has the same number of updates; no agent is trained."""
-    data, rows = {}, []
+    data = {}
 
     def work(name):
         variant, seed = name.rsplit("_s", 1)
@@ -1323,22 +1336,31 @@ def compare(args, tasks, run):
     A = (18 if any(t in ATARI26 for t in tasks) else 0) + (4 if any(t in METAWORLD50 for t in tasks) else 0)
     variants = study_cells(args, len(tasks), A)
     found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in variants], work)
-    for v in variants:
-        mine = [f for f in found.values() if f["variant"] == v]
-        row = {"variant": v, "parameters": mine[0]["parameters"], "products_per_frame": mine[0]["products"]}
-        for x in ("psnr", "open_loop_psnr", "dyn_kl", "usage_entropy", "dead_experts", "mutual_information"):
-            values = [float(np.mean(f[x])) for f in mine]
-            row |= {x: float(np.mean(values)), f"{x}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-        rows.append(row)
+    rows = over_seeds(found, ("psnr", "ssim", "open_loop_psnr", "dyn_kl", "usage_entropy", "dead_experts",
+                              "mutual_information"), ("parameters", "products"))
     write_csv(run.dir / "results.csv", rows)
     print(f"\n{args.experiment}, {args.seeds} seeds, {total_updates(args)} updates, held-out random play")
-    print(f"{'variant':22}{'parameters':>12}{'PSNR':>8}{'open loop':>11}{'+-':>6}{'KL':>7}{'dead':>6}"
+    print(f"{'variant':22}{'parameters':>12}{'PSNR':>8}{'SSIM':>8}{'open loop':>11}{'+-':>6}{'KL':>7}{'dead':>6}"
           f"{'I(task;expert)':>16}")
     for r in rows:
         sd = "-" if r["open_loop_psnr_sd"] is None else f"{r['open_loop_psnr_sd']:.2f}"
-        print(f"{r['variant']:22}{r['parameters']:12,}{r['psnr']:8.2f}{r['open_loop_psnr']:11.2f}{sd:>6}"
-              f"{r['dyn_kl']:7.3f}{r['dead_experts']:6.1f}{r['mutual_information']:16.3f}")
+        print(f"{r['variant']:22}{r['parameters']:12,}{r['psnr']:8.2f}{r['ssim']:8.3f}{r['open_loop_psnr']:11.2f}"
+              f"{sd:>6}{r['dyn_kl']:7.3f}{r['dead_experts']:6.1f}{r['mutual_information']:16.3f}")
     return {"args": asdict(args), "rows": rows, "cells": found}
+
+
+def over_seeds(found, numbers, same=()):
+    """A row per variant of the cells `found`: mean over tasks and seeds and standard deviation over seeds of `numbers`,
+    and what is the `same` for all seeds."""
+    rows = []
+    for v in dict.fromkeys(f["variant"] for f in found.values()):
+        mine = [f for f in found.values() if f["variant"] == v]
+        row = {"variant": v} | {x: mine[0][x] for x in same}
+        for x in numbers:
+            values = [float(np.mean(f[x])) for f in mine]
+            row |= {x: float(np.mean(values)), f"{x}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+        rows.append(row)
+    return rows
 
 
 @torch.no_grad()

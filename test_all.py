@@ -3929,6 +3929,27 @@ def test_clusters_are_cloned_with_their_adam_moments(tmp_path):
     assert (w.detach() - old).abs().max() < 5 * agent.args.lr
 
 
+def test_ssim_equals_sums_over_every_window():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(2, 14, 13)).astype(np.float32)
+    y = np.clip(0.8 * x + 0.2 * rng.uniform(size=x.shape), 0, 1).astype(np.float32)
+    g = np.exp(-np.arange(-5, 6) ** 2 / 4.5)
+    g = np.outer(g, g) / g.sum() ** 2
+    want = []
+    for a, b in zip(x, y):
+        values = []
+        for i in range(4):
+            for j in range(3):
+                p, q = a[i:i + 11, j:j + 11], b[i:i + 11, j:j + 11]
+                mp, mq = (g * p).sum(), (g * q).sum()
+                vp, vq, c = (g * (p - mp) ** 2).sum(), (g * (q - mq) ** 2).sum(), (g * (p - mp) * (q - mq)).sum()
+                values.append((2 * mp * mq + 1e-4) * (2 * c + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+        want.append(np.mean(values))
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    assert np.allclose(mow.ssim(x, y), want, atol=1e-4) and mow.ssim(x, x).allclose(torch.ones(2))
+    assert mow.ssim(x[None], y[None]).shape == (1, 2) and mow.ssim(x, 1 - x).max() < 0
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
 def mow_run(tmp_path_factory):
@@ -4099,7 +4120,7 @@ def test_mow_studies_make_their_tables_and_resume(tmp_path, monkeypatch):
         assert len(r["rows"]) == variants and all(np.isfinite(row["open_loop_psnr"]) for row in r["rows"])
         if name == "monolith":
             size = {row["variant"]: row["parameters"] for row in r["rows"]}
-            work = {row["variant"]: row["products_per_frame"] for row in r["rows"]}
+            work = {row["variant"]: row["products"] for row in r["rows"]}
             assert size["monolith_params"] == pytest.approx(size["mow"], rel=0.1)
             assert work["monolith_flops"] == pytest.approx(work["mow"], rel=0.05)
     monkeypatch.setattr(mow, "random_frames", None)  # all cells are there: nothing is done again
