@@ -11,6 +11,7 @@ STORM (arXiv 2310.09615), `--storm`.
                                                          # reconstruction loss from 3,000 to 25
     python mow.py --task Boxing --storm                  # the single-task baseline
     python mow.py --task atari26 --cluster-only          # only: which of the 26 games are alike?
+    torchrun --nproc-per-node 4 mow.py --task atari26    # four GPUs: each takes a quarter of every batch
 
 Copy me together with envs.py and data.py. Shapes: K tasks, B sequences, L steps, C context, H horizon, I imagined
 roll-outs, R environments or rows, Z = groups x classes of the latent z, D width of h, A actions, E embedding, n experts
@@ -38,6 +39,7 @@ Deviations and choices:
 12. GroupNorm instead of BatchNorm for more than one task: batch statistics would mix the tasks of a cluster.
 13. On a CPU sizes, batches and budgets are smaller and learning rates higher (--preset smoke, printed at the start).
 """
+import contextlib
 import copy
 import csv
 import difflib
@@ -51,11 +53,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -645,10 +649,12 @@ def episode_mask(first, pos, reset_mask=True):
     return past & (part[:, :, pos, None] == part[:, :, None])
 
 
-def world_model_loss(wm, obs, act, rew, term, first, tau, noise, gate="st", reset_mask=True, task=None):
+def world_model_loss(wm, obs, act, rew, term, first, tau, noise, gate="st", reset_mask=True, task=None,
+                     average=lambda x: x):
     """STORM's loss terms and the task loss, one number per task (K,): {name: (K,)}, and what else came of it.
 
-    obs uint8 (K, B, L, 64, 64, 3), act (K, B, L, A), rew, term, first (K, B, L)."""
+    obs uint8 (K, B, L, 64, 64, 3), act (K, B, L, A), rew, term, first (K, B, L). average: over the processes that
+    share a batch."""
     K, B, L = rew.shape
     e = wm.embedding(task)
     S, J, w = wm.routing(e, tau, noise)
@@ -660,8 +666,10 @@ def world_model_loss(wm, obs, act, rew, term, first, tau, noise, gate="st", rese
     prior = wm.prior(h, e, task)
     follows = ~first[:, :, 1:] if reset_mask else torch.ones_like(first[:, :, 1:])
 
+    pairs = average(follows.sum((1, 2)).float()).clamp(min=1)
+
     def mean_kl(p, q):  # over the pairs (t, t+1) of one episode
-        return (kl(p[:, :, 1:], q[:, :, :-1]) * follows).sum((1, 2)) / follows.sum((1, 2)).clamp(min=1)
+        return average((kl(p[:, :, 1:], q[:, :, :-1]) * follows).sum((1, 2)) / pairs)
 
     dyn, rep = mean_kl(post.detach(), prior), mean_kl(post, prior.detach())
     losses = {
@@ -769,6 +777,8 @@ class Agent:
     def __init__(self, args, legal, continuous, n_cont, device):
         K, A = len(legal), legal.shape[1] + n_cont
         self.args, self.device, self.K, self.A, self.updates = args, device, K, A, 0
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.average = over_ranks if self.world > 1 else lambda x: x
         torch.manual_seed(args.seed)
         self.wm = WorldModel(
             K, A, args.clusters, args.experts, args.topk, args.emb, args.stem, args.latents, args.classes, args.width,
@@ -791,6 +801,13 @@ class Agent:
         self.world_loss, self.imagine_step, self.agent_loss, self.act = (
             compiler(f) for f in (world_model_loss, imagine_step, agent_loss, act))
 
+    def average_gradients(self, params):
+        """Over the processes of torchrun, as one message."""
+        if self.world > 1:
+            grads = [p.grad for p in params if p.grad is not None]
+            means = over_ranks(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [mean.view_as(g) for mean, g in zip(means, grads)])
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
@@ -804,7 +821,9 @@ class Agent:
         a, tau = self.args, self.temperature()
         self.wm.train()
         with self.autocast():
-            losses, more = self.world_loss(self.wm, *batch, tau, (tau - 1) / 4, a.gate, a.reset_mask)
+            losses, more = self.world_loss(self.wm, *batch, tau, (tau - 1) / 4, a.gate, a.reset_mask, None,
+                                           self.average)
+        losses = dict(zip(losses, self.average(torch.stack([*losses.values()]))))
         per_task = total_loss(losses, a.task_coef)
         self.mean_loss = torch.where(self.mean_loss.isnan(), per_task, self.mean_loss.lerp(per_task, 0.01)).detach()
         if a.harmony == "closed":
@@ -816,6 +835,7 @@ class Agent:
         loss = loss + a.balance * balance_loss(more["scores"], a.topk)
         self.opt.zero_grad(set_to_none=True)
         loss.backward()
+        self.average_gradients([*self.wm.parameters(), self.sigma])
         norm = nn.utils.clip_grad_norm_(self.wm.parameters(), 1000.0)
         self.opt.step()
         self.updates += 1
@@ -836,28 +856,35 @@ class Agent:
             loss, self.low, self.high, metrics = self.agent_loss(
                 self.actor, self.critic, self.slow, self.wm.cluster_of, *rolled, self.low, self.high, a.gamma, a.lam,
                 a.entropy, a.lambda_compat)
+        self.low, self.high = self.average(torch.stack([self.low, self.high]))  # percentiles of parts, averaged
         self.agent_opt.zero_grad(set_to_none=True)
         loss.backward()
+        self.average_gradients(self.agent_params)
         metrics["agent_grad_norm"] = nn.utils.clip_grad_norm_(self.agent_params, 100.0)
         self.agent_opt.step()
         torch._foreach_lerp_(list(self.slow.parameters()), list(self.critic.parameters()), 0.02)
         return metrics
 
     def update(self, frames, learn_to_act=True):
-        """One update on a fresh batch of `frames`; what is random depends on the seed and the number of the update."""
+        """One update on a fresh batch of `frames`; what is random depends on the seed and the number of the update.
+        Every process of torchrun draws the same batch, keeps its share of the sequences and has noise of its own."""
         a, seed = self.args, [self.args.seed, 1, self.updates]
-        torch.manual_seed(draw_seed(*seed))
+        torch.manual_seed(draw_seed(*seed, self.rank))
         rng = np.random.default_rng(seed)
-        batch = frames.sample(a.batch, a.length, rng, self.device)
+
+        def share(B, L):
+            return [x[:, self.rank::self.world] for x in frames.sample(B, L, rng, self.device)]
+
+        batch = share(a.batch, a.length)
         metrics = self.update_world(batch)
         z, act, first = metrics.pop("z"), batch[1], batch[4]
         if learn_to_act:
             if a.fresh_contexts:
-                obs, act, _, _, first = frames.sample(a.rollouts, a.context, rng, self.device)
+                obs, act, _, _, first = share(a.rollouts, a.context)
                 with torch.no_grad(), self.autocast():
                     z = sample_latent(self.wm.eval().posterior(to_images(obs), self.wm.embedding()))
-            generator = torch.Generator().manual_seed(draw_seed(*seed))
-            metrics |= self.update_agent(z, act, first, a.rollouts, generator)
+            generator = torch.Generator().manual_seed(draw_seed(*seed, self.rank))
+            metrics |= self.update_agent(z, act, first, a.rollouts // self.world, generator)
         return metrics
 
     def memory(self, R):
@@ -906,6 +933,21 @@ class Agent:
         self.mean_loss, self.low, self.high, self.updates = (state[k] for k in ("mean_loss", "low", "high", "updates"))
 
 
+def over_ranks(x):
+    """x averaged over the processes of torchrun, with the gradient of the own x: gradients are averaged later."""
+    mean = x.detach().clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size() + (x - x.detach())
+
+
+def from_first(x):
+    """What x is in the first process of torchrun."""
+    box = [x]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def draw_seed(*numbers):
     """One 63-bit seed out of several numbers. Random numbers that depend on (seed, step) alone need no saved state."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -949,7 +991,7 @@ def random_actions(agent, rng):
 def find_clusters(agent, frames, note=print):
     """After the warm-up: cluster the tasks by their gradients, copy module 0 into every module -> what was found."""
     sim = task_similarity(grads := task_gradients(agent, frames))
-    labels = cluster_tasks(grads, agent.args.clusters)
+    labels = from_first(cluster_tasks(grads, agent.args.clusters))
     agent.spread(labels)
     found = {"labels": labels, "similarity": sim.round(4).tolist(), "silhouette": silhouette(sim, labels)}
     note(f"clusters {labels}, silhouette {found['silhouette']:.3f}")
@@ -1002,6 +1044,8 @@ class Player:
                 self.episode[k] += 1
                 self.ret[k] = self.success[k] = 0.0
                 self.memory[2][k] = 0
+        if self.agent.world > 1:
+            dist.barrier()
 
     def state(self):
         return {"memory": list(self.memory), "first": self.first, "finished": self.finished, "episode": self.episode,
@@ -1011,6 +1055,26 @@ class Player:
         self.frames.count = state["count"]
         for name in ("memory", "first", "finished", "episode", "ret", "success"):
             setattr(self, name, state[name])
+
+
+class Follower:
+    """The Player of the other processes of torchrun: waits until the first one has stored its step."""
+
+    def __init__(self, frames):
+        self.frames = frames
+
+    def begin(self):
+        pass
+
+    def send(self, sweep, random):
+        pass
+
+    def receive(self, sweep):
+        dist.barrier()
+        self.frames.count = sweep + 1
+
+    def load_state(self, state):
+        self.frames.count = state["count"]
 
 
 def env_action(agent, a):
@@ -1567,8 +1631,8 @@ def announce(args, agent, frames, folder):
         return f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f}M"
 
     print(f"{'STORM' if args.storm else 'MoW'} on {agent.K} task{'s' * (agent.K > 1)} ({args.task}), seed {args.seed}, "
-          f"{agent.device}, {'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}, run "
-          f"folder {folder}")
+          f"{agent.device}{f' x {agent.world} processes' * (agent.world > 1)}, "
+          f"{'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}, run folder {folder}")
     print(f"preset {args.preset}: {args.clusters} clusters, {args.topk} of {args.experts} experts, latent "
           f"{args.latents} x {args.classes}, width {args.width}; world model {millions(agent.wm)}, actor "
           f"{millions(agent.actor)}, critics {millions(agent.critic)} parameters")
@@ -1676,14 +1740,15 @@ def total_updates(args):
 def train(args, agent, player, frames, run, state):
     """Random steps, warm-up and clustering, then play and learn -> clustering, history of the losses, seconds."""
     stop, saved, began = [], [time.time()], time.time() - state.get("seconds", 0.0)
-    signal.signal(signal.SIGINT, lambda *_: stop.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
+    signal.signal(signal.SIGINT, signal.SIG_IGN if run is None else lambda *_: (
+        stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     found, sweep = state.get("found"), state.get("sweep", 0)
     if args.checkpoint and not found:  # its modules have long gone their own ways: clustering would overwrite them
         found = {"labels": list(agent.wm.labels)}
     log = Log(args, agent, run, state.get("history", []))
 
     def save(now=False):
-        if stop or now or time.time() - saved[0] > args.save_every:
+        if run and (stop or now or time.time() - saved[0] > args.save_every):
             saved[0] = time.time()
             frames.flush()
             run.save(dict(agent.state(), player=player.state(), found=found, history=log.history, sweep=sweep,
@@ -1699,11 +1764,12 @@ def train(args, agent, player, frames, run, state):
         save()
     while found is None and agent.updates < args.warmup:
         metrics = agent.update(frames, learn_to_act=False)
-        if agent.updates % 50 == 0 or agent.updates in (1, 10):
+        if run and (agent.updates % 50 == 0 or agent.updates in (1, 10)):
             log.note(metrics, sweep, total_updates(args) - agent.updates, phase="warm-up")
         save()
     if found is None:
-        found = find_clusters(agent, frames) if args.clusters > 1 else {"labels": [0] * agent.K}
+        note = print if run else lambda text: None
+        found = find_clusters(agent, frames, note) if args.clusters > 1 else {"labels": [0] * agent.K}
         save(now=True)
     log.began, log.at = time.time(), agent.updates  # updates take longer from here on
     while sweep < args.steps:
@@ -1713,7 +1779,7 @@ def train(args, agent, player, frames, run, state):
             metrics = agent.update(frames)
         player.receive(sweep)
         sweep += 1
-        if learn and (agent.updates % 100 == 0 or agent.updates - log.at in (1, 20)):
+        if run and learn and (agent.updates % 100 == 0 or agent.updates - log.at in (1, 20)):
             log.note(metrics, sweep, (args.steps - sweep) // args.train_every, player.finished)
         save()
     save(now=True)
@@ -1721,21 +1787,28 @@ def train(args, agent, player, frames, run, state):
 
 
 def play_and_learn(args, tasks, run):
-    """The whole method on all tasks -> what results.json holds."""
+    """The whole method on all tasks -> what results.json holds. The first process of torchrun has the run and the
+    environments, the others (run: None) only learn on what it stores."""
     options, device = task_options(args, tasks), torch.device(args.device)
-    with Fleet(tasks, options) as fleet:
-        agent = make_agent(args, tasks, fleet.legal, device)
-        frames = Frames(run.dir / "frames", len(tasks), 1 if args.eval_only else args.steps, agent.A)
-        announce(args, agent, frames, run.dir)
+    with Fleet(tasks, options) if run else contextlib.nullcontext() as fleet:
+        agent = make_agent(args, tasks, from_first(run and fleet.legal), device)
+        size = len(tasks), 1 if args.eval_only else args.steps, agent.A
+        frames = Frames(run.dir / "frames", *size) if run else None
+        folder = Path(from_first(run and str(run.dir)))  # comes when the files are there
+        frames = frames or Frames(folder / "frames", *size)
+        if run:
+            announce(args, agent, frames, folder)
         if args.checkpoint:
             load_checkpoint(agent, args.checkpoint)
-        player, state, extra = Player(agent, fleet, frames), {}, {}
+        player, state, extra = Player(agent, fleet, frames) if run else Follower(frames), {}, {}
         if args.resume:
-            state = run.load(device=device)
+            state = run.load(device=device) if run else torch.load(folder / "checkpoint.pt", device, weights_only=True)
             agent.load_state(state)
             player.load_state(state["player"])
         if not args.eval_only:
             found, history, seconds = train(args, agent, player, frames, run, state)
+            if run is None:
+                return None
             extra = {"seconds": round(seconds, 1), "clusters": found, "history": history, "finished": player.finished,
                      "fidelity": fidelity(agent, frames), "routing": routing_facts(agent)}
     if not args.eval_only:
@@ -1759,7 +1832,8 @@ def load_checkpoint(agent, file):
 
 
 def main(args: Args):
-    """Run everything and return what results.json holds."""
+    """Run everything and return what results.json holds (None on the other processes of torchrun)."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     if args.resume:
         file = Path(args.resume) / "args.json"
         if not file.exists():
@@ -1770,17 +1844,29 @@ def main(args: Args):
         raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type --device cpu")
     if args.eval_only and not args.checkpoint:
         raise SystemExit("--eval-only plays a trained agent: add --checkpoint runs/<a run of mow.py>/checkpoint.pt")
+    if world > 1 and (args.experiment or args.cluster_only or args.eval_only):
+        raise SystemExit("--experiment, --cluster-only and --eval-only run in one process: start them with python")
     args = replace(args, device="cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     tasks = task_list(args.task)
     args = fill(args, tasks)
+    if args.batch % world or args.rollouts % world:
+        raise SystemExit(f"--batch {args.batch} and --rollouts {args.rollouts} cannot be shared by {world} processes: "
+                         f"type multiples of {world}")
     if args.device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")
-    run = Run(args.task, "mow", args.seed, asdict(args), args.resume)
-    if args.track:
+    if world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(days=2))
+    run = Run(args.task, "mow", args.seed, asdict(args), args.resume) if rank == 0 else None
+    if args.track and run:
         import wandb
         wandb.init(project="mow", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
     study = {None: play_and_learn, "cost": cost}.get(args.experiment, compare)
     result = (cluster_only if args.cluster_only else study)(args, tasks, run)
+    if world > 1:
+        dist.destroy_process_group()
+    if run is None:
+        return None
     git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)  # maybe no git here
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     result = dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),

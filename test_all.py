@@ -3929,6 +3929,53 @@ def test_clusters_are_cloned_with_their_adam_moments(tmp_path):
     assert (w.detach() - old).abs().max() < 5 * agent.args.lr
 
 
+MOW_RANK = """
+import os, sys
+sys.path.insert(0, sys.argv.pop())
+import mow, torch, torch.nn.functional as F, tyro
+made, agents = mow.make_agent, []
+def make_agent(*args):                                    # no dropout and the likeliest latents: shares draw no noise
+    agents.append(made(*args))
+    for m in agents[0].wm.modules():
+        m.dropout = 0.0
+    return agents[0]
+mow.make_agent = make_agent
+mow.sample_onehot = lambda logp: F.one_hot(logp.argmax(-1), logp.shape[-1]).to(logp.dtype)
+mow.main(tyro.cli(mow.Args))
+torch.save(agents[0].state(), f"rank{os.environ.get('RANK', '')}.pt")
+"""
+
+
+def test_two_processes_train_the_model_of_one(tmp_path):
+    (tmp_path / "rank.py").write_text(MOW_RANK)
+    words = MOW_TINY | dict(task="Boxing,Krull", warmup=10, steps=16, tau=1.0)
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in words.items() if k not in ("compile", "bf16")]
+    env, logs = os.environ | {"OMP_NUM_THREADS": "1"}, []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        (tmp_path / name).mkdir()
+        p = subprocess.run([sys.executable, *launcher, "../rank.py", *words, HERE], cwd=tmp_path / name, env=env,
+                           capture_output=True, text=True)
+        assert p.returncode == 0, p.stderr[-3000:]
+        folder, = (tmp_path / name / "runs").iterdir()
+        lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        logs.append([[x[f"losses/{k}"] for k in ("rec", "rew", "end", "dyn", "dyn_raw", "rep", "task", "grad_norm")]
+                     for x in lines if x["step"] <= 10])      # the warm-up; roll-outs then begin in other windows
+        assert json.loads((folder / "results.json").read_text())["rows"][0]["episodes"] == 1
+    assert len(logs[0]) == 2 and np.allclose(*logs, rtol=1e-4), logs
+    a, b = (everything(torch.load(tmp_path / f"two/rank{i}.pt", weights_only=True)) for i in (0, 1))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert "2 processes" in p.stdout and p.stdout.count("playing 1 episodes") == 1
+    with says("start them with python"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "2")
+            mow.main(mow.Args(task="Pong", experiment="cost", **MOW_TINY))
+    with says("multiples of 3"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "3")
+            mow.main(mow.Args(task="Pong", **MOW_TINY))
+
+
 def test_ssim_equals_sums_over_every_window():
     rng = np.random.default_rng(0)
     x = rng.uniform(size=(2, 14, 13)).astype(np.float32)
