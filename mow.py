@@ -71,7 +71,8 @@ from envs import ATARI26, ATARI_SCORES, METAWORLD50, MT10, Fleet, score
 @dataclass
 class Args:
     task: str = "Boxing,Krull,RoadRunner"
-    """tasks: Atari games and Meta-World tasks (mw-reach) with commas between, or a set: atari26, mt10, mt50"""
+    """tasks: Atari games and Meta-World tasks (mw-reach) with commas between, or a set: atari26, mt10, mt50;
+    Boxing@m0d1 is a game in another mode and difficulty"""
     seed: int = 1
     """of networks, data and everything random"""
     storm: bool = False
@@ -92,8 +93,9 @@ class Args:
     """with --checkpoint: only play the agent"""
     cluster_only: bool = False
     """only warm-up and clustering, for --seeds seeds: silhouette, adjusted Rand index between seeds"""
-    experiment: Literal["clusters", "experts", "monolith", "cost"] | None = None
-    """a study instead of a run: number of clusters, experts and losses, one big model, or the time of an update"""
+    experiment: Literal["clusters", "experts", "monolith", "transfer", "cost"] | None = None
+    """a study instead of a run: number of clusters, experts and losses, one big model, what a model of all tasks but
+    the last one gains on that last one (Boxing,Krull,Boxing@m0d1: a near one), or the time of an update"""
     seeds: int = 3
     """seeds of --cluster-only and --experiment: seed, seed + 1, .."""
     capture_video: bool = False
@@ -816,20 +818,23 @@ class Agent:
         tau = max(1.0, self.args.tau - (self.args.tau - 1) * self.updates / self.anneal)
         return torch.tensor(tau, device=self.device)
 
-    def update_world(self, batch):
-        """One step of the world model on obs, act, rew, term, first -> per-task losses, and latents for imagination."""
-        a, tau = self.args, self.temperature()
+    def update_world(self, batch, task=None):
+        """One step of the world model on obs, act, rew, term, first of all tasks, or of the list `task` -> per-task
+        losses, and latents for imagination."""
+        a, tau, at = self.args, self.temperature(), slice(None) if task is None else task
         self.wm.train()
         with self.autocast():
-            losses, more = self.world_loss(self.wm, *batch, tau, (tau - 1) / 4, a.gate, a.reset_mask, None,
+            losses, more = self.world_loss(self.wm, *batch, tau, (tau - 1) / 4, a.gate, a.reset_mask, task,
                                            self.average)
         losses = dict(zip(losses, self.average(torch.stack([*losses.values()]))))
         per_task = total_loss(losses, a.task_coef)
-        self.mean_loss = torch.where(self.mean_loss.isnan(), per_task, self.mean_loss.lerp(per_task, 0.01)).detach()
+        mean, now = self.mean_loss[at], per_task.detach()
+        self.mean_loss[at] = mean = torch.where(mean.isnan(), now, mean.lerp(now, 0.01))
         if a.harmony == "closed":
-            loss = (per_task / best_sigma(self.mean_loss)).sum()
+            loss = (per_task / best_sigma(mean)).sum()
         elif a.harmony == "adam":
-            loss = (per_task / self.sigma.exp() + self.sigma.exp().log1p()).sum()
+            sigma = self.sigma[at].exp()
+            loss = (per_task / sigma + sigma.log1p()).sum()
         else:
             loss = per_task.sum()
         loss = loss + a.balance * balance_loss(more["scores"], a.topk)
@@ -865,18 +870,19 @@ class Agent:
         torch._foreach_lerp_(list(self.slow.parameters()), list(self.critic.parameters()), 0.02)
         return metrics
 
-    def update(self, frames, learn_to_act=True):
+    def update(self, frames, learn_to_act=True, task=None):
         """One update on a fresh batch of `frames`; what is random depends on the seed and the number of the update.
-        Every process of torchrun draws the same batch, keeps its share of the sequences and has noise of its own."""
+        task: a list of tasks, for the world model alone. Every process of torchrun draws the same batch, keeps its
+        share of the sequences and has noise of its own."""
         a, seed = self.args, [self.args.seed, 1, self.updates]
         torch.manual_seed(draw_seed(*seed, self.rank))
         rng = np.random.default_rng(seed)
 
         def share(B, L):
-            return [x[:, self.rank::self.world] for x in frames.sample(B, L, rng, self.device)]
+            return [x[:, self.rank::self.world] for x in frames.sample(B, L, rng, self.device, task)]
 
         batch = share(a.batch, a.length)
-        metrics = self.update_world(batch)
+        metrics = self.update_world(batch, task)
         z, act, first = metrics.pop("z"), batch[1], batch[4]
         if learn_to_act:
             if a.fresh_contexts:
@@ -1296,6 +1302,28 @@ def cells(run, names, work):
     return out
 
 
+def learn(agent, frames, until, run, phase, task=None):
+    """World-model updates on `frames` until there were so many."""
+    log = Log(agent.args, agent, run, [])
+    while agent.updates < until:
+        metrics = agent.update(frames, learn_to_act=False, task=task)
+        if agent.updates % 50 == 0 or agent.updates in (1, 10):
+            log.note(metrics, frames.count, until - agent.updates, phase=phase)
+
+
+def first_test_row(frames):
+    """Studies test on the last fifth."""
+    return frames.count * 4 // 5
+
+
+@contextlib.contextmanager
+def training_part(frames):
+    """Hides the frames on which studies test."""
+    n, frames.count = frames.count, first_test_row(frames)
+    yield
+    frames.count = n
+
+
 def cluster_only(args, tasks, run):
     """Warm-up and clustering alone, for several seeds of data and networks: are clusters stable, and how long must the
     warm-up be? Silhouette and adjusted Rand index between seeds, and between half and all of the warm-up."""
@@ -1306,12 +1334,8 @@ def cluster_only(args, tasks, run):
         a = replace(args, seed=int(name))
         frames, legal = random_frames(a, tasks, run)
         agent, found = make_agent(a, tasks, legal, torch.device(a.device)), {}
-        log = Log(a, agent, run, [])
         for share in ("half", "all"):
-            while agent.updates < (a.warmup if share == "all" else a.warmup // 2):
-                metrics = agent.update(frames, learn_to_act=False)
-                if agent.updates % 50 == 0 or agent.updates in (1, 10):
-                    log.note(metrics, a.random_steps, a.warmup - agent.updates, phase=f"seed {name}")
+            learn(agent, frames, a.warmup if share == "all" else a.warmup // 2, run, f"seed {name}")
             grads = task_gradients(agent, frames)
             sim = task_similarity(grads)
             found[share] = {"similarity": sim.tolist(), "labels": {n: cluster_tasks(grads, n) for n in counts}}
@@ -1329,7 +1353,7 @@ def cluster_only(args, tasks, run):
           f"{args.warmup} updates)")
     for r in rows:
         print(f"{r['clusters']:8}{r['silhouette']:12.3f}" + "".join(
-            f"{'-' if r[x] is None else f'{r[x]:.3f}':>{w}}" for x, w in (("ari_seeds", 12), ("ari_half_warmup", 23))))
+            cell(r[x], w, 3) for x, w in (("ari_seeds", 12), ("ari_half_warmup", 23))))
     write_csv(run.dir / "results.csv", rows)
     labels = found[0]["all"]["labels"][str(args.clusters)]
     sim = np.mean([f["all"]["similarity"] for f in found], 0)
@@ -1379,25 +1403,20 @@ def compare(args, tasks, run):
             data[seed] = random_frames(a, tasks, run)
         frames, legal = data[seed]
         a = replace(a, **variants[variant])
-        agent, n = make_agent(a, tasks, legal, torch.device(a.device)), args.random_steps
-        frames.count, total = n * 4 // 5, total_updates(a)
-        log = Log(a, agent, run, [])
-        while agent.updates < total:
-            if agent.updates == a.warmup and a.clusters > 1:
-                if "random" in name:
-                    agent.spread(np.random.default_rng(int(seed)).permutation(np.arange(len(tasks)) % a.clusters))
-                else:
-                    find_clusters(agent, frames)
-            metrics = agent.update(frames, learn_to_act=False)
-            if agent.updates % 100 == 0:
-                log.note(metrics, n, total - agent.updates, phase=name)
-        frames.count = n
-        return fidelity(agent, frames, n * 4 // 5) | routing_facts(agent) | {
+        agent = make_agent(a, tasks, legal, torch.device(a.device))
+        with training_part(frames):
+            learn(agent, frames, a.warmup, run, name)
+            if "random" in name:
+                agent.spread(np.random.default_rng(int(seed)).permutation(np.arange(len(tasks)) % a.clusters))
+            elif a.clusters > 1:
+                find_clusters(agent, frames)
+            learn(agent, frames, total_updates(a), run, name)
+        return fidelity(agent, frames, first_test_row(frames)) | routing_facts(agent) | {
             "variant": variant, "labels": list(agent.wm.labels), "drop_one": drop_one(agent, frames),
             "parameters": sum(p.numel() for p in agent.wm.parameters()),
             "products": sum(products(a, agent.A).values())}
 
-    A = (18 if any(t in ATARI26 for t in tasks) else 0) + (4 if any(t in METAWORLD50 for t in tasks) else 0)
+    A = (18 if any(t not in METAWORLD50 for t in tasks) else 0) + (4 if any(t in METAWORLD50 for t in tasks) else 0)
     variants = study_cells(args, len(tasks), A)
     found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in variants], work)
     rows = over_seeds(found, ("psnr", "ssim", "open_loop_psnr", "dyn_kl", "usage_entropy", "dead_experts",
@@ -1407,24 +1426,125 @@ def compare(args, tasks, run):
     print(f"{'variant':22}{'parameters':>12}{'PSNR':>8}{'SSIM':>8}{'open loop':>11}{'+-':>6}{'KL':>7}{'dead':>6}"
           f"{'I(task;expert)':>16}")
     for r in rows:
-        sd = "-" if r["open_loop_psnr_sd"] is None else f"{r['open_loop_psnr_sd']:.2f}"
         print(f"{r['variant']:22}{r['parameters']:12,}{r['psnr']:8.2f}{r['ssim']:8.3f}{r['open_loop_psnr']:11.2f}"
-              f"{sd:>6}{r['dyn_kl']:7.3f}{r['dead_experts']:6.1f}{r['mutual_information']:16.3f}")
+              f"{cell(r['open_loop_psnr_sd'], 6, 2)}{r['dyn_kl']:7.3f}{r['dead_experts']:6.1f}"
+              f"{r['mutual_information']:16.3f}")
     return {"args": asdict(args), "rows": rows, "cells": found}
 
 
 def over_seeds(found, numbers, same=()):
-    """A row per variant of the cells `found`: mean over tasks and seeds and standard deviation over seeds of `numbers`,
-    and what is the `same` for all seeds."""
+    """A row per variant of the cells `found`: mean over tasks and seeds and standard deviation over seeds of `numbers`
+    (None if one seed has none), and what is the `same` for all seeds."""
     rows = []
     for v in dict.fromkeys(f["variant"] for f in found.values()):
         mine = [f for f in found.values() if f["variant"] == v]
         row = {"variant": v} | {x: mine[0][x] for x in same}
         for x in numbers:
-            values = [float(np.mean(f[x])) for f in mine]
-            row |= {x: float(np.mean(values)), f"{x}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+            values = [] if any(f[x] is None for f in mine) else [float(np.mean(f[x])) for f in mine]
+            row |= {x: float(np.mean(values)) if values else None,
+                    f"{x}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
         rows.append(row)
     return rows
+
+
+FROZEN = {  # variants of --experiment transfer: parts of the world model that do not learn the new task
+    "scratch": (), "all": (), "freeze_experts": ("mix", "experts"), "freeze_vae": ("vaes",),
+    "new_cluster": ("mix", "experts", "router", "join", "shared")}
+
+
+def transfer(args, tasks, run):
+    """--experiment transfer: a world model of all tasks but the last learns that last, new task. Measured on held-out
+    random play of both: losses of the world model, not returns.
+
+    The new task gets an embedding and joins the old cluster whose modules fit it best; all of the model learns, or all
+    but the experts, or all but the VAE. new_cluster: modules of its own, as they were after the warm-up, while all that
+    tasks share is frozen. scratch: the same sizes, never trained on the old tasks."""
+    new, total, past = len(tasks) - 1, total_updates(args), {}
+    old, budget = list(range(new)), total // 2
+
+    def pretrained(a):
+        """Random play of all tasks, the model of the old ones and the cluster for the new one."""
+        frames, legal = random_frames(a, tasks, run)
+        agent, spare = make_agent(a, tasks, legal, torch.device(a.device)), a.clusters - 1
+        with training_part(frames):
+            learn(agent, frames, a.warmup, run, f"old tasks, seed {a.seed}", old)
+            agent.spread(cluster_tasks(task_gradients(agent, frames)[old], spare) + [spare])
+            learn(agent, frames, total, run, f"old tasks, seed {a.seed}", old)
+            labels, fit = agent.wm.labels[:new], []
+            for c in range(spare):
+                agent.wm.assign([*labels, c])
+                fit += held_out_loss(agent, frames, [new])
+        return frames, legal, agent.wm.state_dict(), [*labels, int(np.argmin(fit))]
+
+    def work(name):
+        variant, seed = name.rsplit("_s", 1)
+        a = replace(args, seed=int(seed), clusters=min(args.clusters, new) + 1)
+        if seed not in past:
+            past.clear()
+            past[seed] = pretrained(a)
+        frames, legal, model, labels = past[seed]
+        agent = make_agent(replace(a, balance=0.0, task_coef=0.0), tasks, legal, torch.device(a.device))  # one task now
+        if variant != "scratch":
+            agent.wm.load_state_dict(model)
+            agent.updates = total  # the router's temperature has fallen
+        agent.wm.assign(labels[:new] + [a.clusters - 1 if variant == "new_cluster" else labels[new]])
+        for part, p in agent.wm.named_parameters():
+            p.requires_grad_(not part.startswith(FROZEN[variant]))
+        steps, curve, test = np.linspace(0, budget, 11).round().astype(int).tolist(), [], first_test_row(frames)
+        before, start = held_out_loss(agent, frames, old, test), agent.updates
+        for step in steps:
+            with training_part(frames):
+                learn(agent, frames, start + step, run, name, [new])
+            curve += held_out_loss(agent, frames, [new], test)
+        forgot = np.array(held_out_loss(agent, frames, old, test)) / before - 1
+        good = {x: v[new] for x, v in fidelity(agent, frames, test).items()}
+        return good | {"variant": variant, "seed": int(seed), "updates": steps, "loss": curve,
+                       "forgetting": None if variant == "scratch" else forgot.tolist(), "cluster": agent.wm.labels[new]}
+
+    found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in FROZEN], work)
+    for f in found.values():
+        scratch = found[f"scratch_s{f['seed']}"]["loss"]
+        reached = [u for u, x in zip(f["updates"], f["loss"]) if x <= scratch[-1]]
+        f |= {"zero_shot": f["loss"][0], "final": f["loss"][-1], "auc_ratio": sum(f["loss"][1:]) / sum(scratch[1:]),
+              "until_scratch": reached[0] / budget if reached else None}
+    rows = over_seeds(found, ("zero_shot", "final", "auc_ratio", "until_scratch", "psnr", "ssim", "open_loop_psnr",
+                              "dyn_kl", "forgetting"))
+    write_csv(run.dir / "results.csv", rows)
+    plot_transfer(found, tasks[new], run.dir / "transfer.png")
+    print(f"\n{tasks[new]} after {', '.join(tasks[:new])}: {args.seeds} seeds, {total} updates before, {budget} on the "
+          "new task; held-out random play. Share of the updates until as good as scratch at the end; change of the old "
+          "tasks' loss")
+    print(f"{'variant':16}{'first loss':>11}{'last loss':>10}{'area/scratch':>13}{'+-':>6}{'as scratch':>11}"
+          f"{'open loop':>10}{'SSIM':>7}{'KL':>7}{'old tasks':>11}")
+    for r in rows:
+        print(f"{r['variant']:16}{r['zero_shot']:11.1f}{r['final']:10.1f}{r['auc_ratio']:13.3f}"
+              f"{cell(r['auc_ratio_sd'], 6, 3)}{cell(r['until_scratch'], 11, 2)}{r['open_loop_psnr']:10.2f}"
+              f"{r['ssim']:7.3f}{r['dyn_kl']:7.3f}"
+              + (f"{r['forgetting']:+11.1%}" if r["forgetting"] is not None else f"{'-':>11}"))
+    return {"args": asdict(args), "rows": rows, "cells": found}
+
+
+@torch.no_grad()
+def held_out_loss(agent, frames, task, since=0, batches=8):
+    """L_k of the tasks in the list, on the frames from row `since` on."""
+    a, out = agent.args, []
+    for i in range(batches):
+        torch.manual_seed(draw_seed(a.seed, 9, i))
+        batch = frames.sample(a.batch, a.length, np.random.default_rng([a.seed, 9, i]), agent.device, task, since)
+        losses, _ = world_model_loss(agent.wm.eval(), *batch, agent.temperature(), 0.0, a.gate, a.reset_mask, task)
+        out.append(total_loss(losses, a.task_coef))
+    return torch.stack(out).mean(0).tolist()
+
+
+def plot_transfer(found, task, path):
+    """Held-out loss on the new task over updates, mean over seeds."""
+    fig, axes = figure(6, 4)
+    for variant in FROZEN:
+        mine = [f for f in found.values() if f["variant"] == variant]
+        axes[0, 0].semilogy(mine[0]["updates"], np.mean([f["loss"] for f in mine], 0), label=variant, marker=".")
+    axes[0, 0].set(xlabel=f"updates on {task}", ylabel="held-out loss of the world model")
+    axes[0, 0].legend(fontsize=8)
+    fig.savefig(path, dpi=120)
 
 
 @torch.no_grad()
@@ -1556,7 +1676,7 @@ def task_list(text):
     sets = {"atari26": ATARI26, "mt10": MT10, "mt50": METAWORLD50}
     tasks = [t for name in text.split(",") for t in sets.get(name.strip(), (name.strip(),))]
     for task in tasks:
-        if task not in ATARI26 + METAWORLD50:
+        if task not in METAWORLD50 and task.partition("@")[0] not in ATARI26:
             near = difflib.get_close_matches(task, [*ATARI26, *METAWORLD50, *sets], 3, 0.4)
             raise SystemExit(f"--task {task!r} is unknown: expected a game of the Atari-100k benchmark (Boxing), a "
                              f"Meta-World task (mw-reach), atari26, mt10 or mt50; nearest: {', '.join(near) or 'none'}")
@@ -1567,7 +1687,7 @@ def task_list(text):
 
 def fill(args, tasks):
     """Values for all flags that were left out. SystemExit: a combination that cannot work."""
-    K, kinds = len(tasks), {t in ATARI26 for t in tasks}
+    K, kinds = len(tasks), {t not in METAWORLD50 for t in tasks}
     if len(kinds) > 1 and not args.mix_actions:
         raise SystemExit(f"--task {args.task} mixes discrete (Atari) and continuous (Meta-World) actions: type "
                          "--mix-actions to give every task one action vector with room for both")
@@ -1604,6 +1724,9 @@ def fill(args, tasks):
         raise SystemExit(f"--experiment {args.experiment} tests on the last fifth of --random-steps "
                          f"{args.random_steps}, which holds no window of --length {args.length}: type --random-steps "
                          f"{5 * args.length + 5} or more")
+    if args.experiment == "transfer" and K == 1:
+        raise SystemExit("--experiment transfer learns the last task after the others: give --task two or more, the "
+                         "new one last")
     if args.width % args.heads:
         raise SystemExit(f"--width {args.width} is no multiple of --heads {args.heads}: choose --heads that divides it")
     return args
@@ -1612,7 +1735,7 @@ def fill(args, tasks):
 def task_options(args, tasks):
     """Keyword arguments of make_env for every task."""
     atari = dict(sticky=args.sticky, life_loss=args.life_loss, noop=args.noop, frame_cap=args.frame_cap)
-    return {t: atari if t in ATARI26 else dict(camera="corner4", repeat=1, length=500) for t in tasks}
+    return {t: dict(camera="corner4", repeat=1, length=500) if t in METAWORLD50 else atari for t in tasks}
 
 
 def make_agent(args, tasks, legal, device):
@@ -1660,6 +1783,11 @@ def write_csv(path, rows):
     write_text(path, text.getvalue())
 
 
+def cell(x, width, digits=1):
+    """A number of a printed table, - for None."""
+    return f"{'-' if x is None else f'{x:,.{digits}f}':>{width}}"
+
+
 def report(args, tasks, played, agent, run, extra):
     """The table at the end, also as results.csv -> what results.json holds."""
     rows = []
@@ -1677,9 +1805,6 @@ def report(args, tasks, played, agent, run, extra):
     result = {"args": asdict(args), "rows": rows, "mean_score": float(np.mean(scores)),
               "median_score": float(np.median(scores)), "played": played, **extra,
               "published": {"mow_mean_26_games": MOW_MEAN_HNS, "storm_mean_26_games_by_mow_authors": STORM_MEAN_HNS}}
-
-    def cell(x, width, digits=1):
-        return f"{'-' if x is None else f'{x:,.{digits}f}':>{width}}"
 
     print(f"\n{'task':22}{'cluster':>8}{'return':>11}{'+-':>8}{'random':>10}{'human':>10}{'score':>8}{'STORM':>10}"
           f"{'its score':>10}")
@@ -1861,7 +1986,7 @@ def main(args: Args):
     if args.track and run:
         import wandb
         wandb.init(project="mow", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
-    study = {None: play_and_learn, "cost": cost}.get(args.experiment, compare)
+    study = {None: play_and_learn, "cost": cost, "transfer": transfer}.get(args.experiment, compare)
     result = (cluster_only if args.cluster_only else study)(args, tasks, run)
     if world > 1:
         dist.destroy_process_group()

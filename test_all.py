@@ -3997,6 +3997,20 @@ def test_ssim_equals_sums_over_every_window():
     assert mow.ssim(x[None], y[None]).shape == (1, 2) and mow.ssim(x, 1 - x).max() < 0
 
 
+def test_atari_modes_and_difficulties():
+    def play(task):
+        env = envs.make_env(task, obs="pixels", sticky=0.0)
+        return np.stack([env.reset(seed=3)[0], *(env.step(t % 4)[0] for t in range(20))])
+
+    frames = play("Breakout")
+    assert np.array_equal(frames, play("Breakout@m0d0"))
+    assert not np.array_equal(frames, play("Breakout@m16d0")) and not np.array_equal(frames, play("Breakout@m0d1"))
+    assert envs.score("Boxing@m0d1", 12.1, 0.0) == 1.0
+    for task in ("Boxing@m1d0", "Boxing@m0d4", "Boxing@hard", "Boxing@m0"):
+        with says(task, "Boxing@m<mode>d<difficulty>", "a mode of 0", "difficulty of 0, 1, 2, 3"):
+            envs.make_env(task, obs="pixels")
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
 def mow_run(tmp_path_factory):
@@ -4175,6 +4189,35 @@ def test_mow_studies_make_their_tables_and_resume(tmp_path, monkeypatch):
     assert mow.main(mow.Args(resume=str(folder)))["rows"] == r["rows"]
 
 
+def test_transfer_freezes_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    agents, make, gradients = [], mow.make_agent, mow.task_gradients
+    monkeypatch.setattr(mow, "make_agent", lambda *a: agents.append(make(*a)) or agents[-1])
+    monkeypatch.setattr(mow, "task_gradients", lambda agent, frames: gradients(agent, frames, 1))
+    fidelity, loss = mow.fidelity, mow.held_out_loss
+    monkeypatch.setattr(mow, "fidelity", lambda agent, frames, since: fidelity(agent, frames, since, 1))
+    monkeypatch.setattr(mow, "held_out_loss", lambda agent, frames, task, since=0: loss(agent, frames, task, since, 1))
+    small = MOW_TINY | dict(steps=48, random_steps=45, warmup=3, lr=1e-2)
+    r = mow.main(mow.Args(task="Boxing,Krull,Boxing@m0d1", experiment="transfer", seeds=1, **small))
+    _, model, *variants = agents
+    was, labels, old = dict(model.wm.named_parameters()), r["cells"]["all_s1"]["cluster"], model.wm.labels[:2]
+    assert set(old) == {0, 1} and labels in old and r["cells"]["new_cluster_s1"]["cluster"] == 2
+    for (variant, frozen), agent in zip(mow.FROZEN.items(), variants, strict=True):
+        assert agent.wm.labels[:2] == old and agent.wm.labels[2] == r["cells"][f"{variant}_s1"]["cluster"]
+        moved = {name for name, p in agent.wm.named_parameters() if not torch.equal(p, was[name])}
+        assert not [name for name in moved if name.startswith(frozen)], variant
+        for part in ("e", "vaes", "experts", "mix", "shared", "reward_head"):  # the rest learns
+            if variant != "scratch" and part not in frozen:
+                assert any(name.startswith(part) for name in moved) == (part != "shared" or "shared" not in frozen)
+        if variant != "scratch":
+            assert torch.equal(agent.wm.e[:2], was["e"][:2]) and not torch.equal(agent.wm.e[2], was["e"][2])
+    rows = {row["variant"]: row for row in r["rows"]}
+    assert rows["scratch"]["auc_ratio"] == 1 and rows["scratch"]["forgetting"] is None
+    assert rows["new_cluster"]["forgetting"] == 0 != rows["all"]["forgetting"]
+    assert rows["all"]["zero_shot"] == rows["freeze_vae"]["zero_shot"] < rows["scratch"]["zero_shot"]
+    assert (next(Path("runs").iterdir()) / "transfer.png").stat().st_size > 0
+
+
 def test_mow_cost_measures_tasks_experts_and_loops(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mow, "milliseconds", lambda f, device, repeats=5: (f(), 1.0)[1])
@@ -4204,6 +4247,7 @@ def test_mow_bad_input_is_one_sentence(tmp_path, monkeypatch):
                         (("--heads",), dict(task=GAMES, width=15)), (("--random-steps",), dict(task=GAMES,
                                                                                                random_steps=4)),
                         (("last fifth",), dict(task=GAMES, experiment="experts", random_steps=20)),
+                        (("two or more",), dict(task="Pong", experiment="transfer", random_steps=45, steps=45)),
                         (("--batch 0", "positive"), dict(task=GAMES, batch=0)), (("--checkpoint",),
                                                                                  dict(eval_only=True)),
                         (("args.json",), dict(resume="nowhere")), (("no GPU",), dict(device="cuda"))):
