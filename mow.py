@@ -43,6 +43,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import functools
 import io
 import json
 import math
@@ -93,9 +94,10 @@ class Args:
     """with --checkpoint: only play the agent"""
     cluster_only: bool = False
     """only warm-up and clustering, for --seeds seeds: silhouette, adjusted Rand index between seeds"""
-    experiment: Literal["clusters", "experts", "monolith", "transfer", "cost"] | None = None
+    experiment: Literal["clusters", "experts", "monolith", "transfer", "tokens", "fidelity", "cost"] | None = None
     """a study instead of a run: number of clusters, experts and losses, one big model, what a model of all tasks but
-    the last one gains on that last one (Boxing,Krull,Boxing@m0d1: a near one), or the time of an update"""
+    the last one gains on that last one (Boxing,Krull,Boxing@m0d1: a near one), experts per token instead of per task,
+    image quality against the noise of the actor's gradient, or the time of an update"""
     seeds: int = 3
     """seeds of --cluster-only and --experiment: seed, seed + 1, .."""
     capture_video: bool = False
@@ -176,6 +178,14 @@ class Args:
     """of the convolutions: BatchNorm (default for one task) or GroupNorm"""
 
     # method
+    routing: Literal["task", "token"] = "task"
+    """who is given experts: a task (the paper), or every token one, by what it holds; all experts then compute"""
+    segment: int = 1
+    """--routing token: so many tokens in a row keep the expert of the first"""
+    switch_coef: float = 0.0
+    """--routing token: weight of the total variation between the router's scores for neighbouring tokens"""
+    prior_coef: float = 0.0
+    """--routing token: weight of the KL from the router's scores for a token to those for its task"""
     gate: Literal["st", "none"] = "st"
     """how the router learns from the world-model loss: straight-through weights, or not at all"""
     harmony: Literal["closed", "adam", "off"] = "closed"
@@ -508,15 +518,17 @@ class WorldModel(nn.Module):
     """
 
     def __init__(self, K, A, clusters, experts, topk, emb, stem, latents, classes, width, heads, expert_layers,
-                 shared_layers, hidden, norm, max_len=64, dropout=0.1):
+                 shared_layers, hidden, norm, segment=0, max_len=64, dropout=0.1):
+        """segment: of routing per token, 0 for routing per task."""
         super().__init__()
         Z, N = latents * classes, clusters
-        self.latents, self.topk = latents, topk
+        self.latents, self.topk, self.segment, self.active = latents, topk, segment, experts if segment else topk
         self.e = nn.Parameter(torch.randn(K, emb))
         self.vaes = nn.ModuleList(VAE(stem, Z, emb, norm) for _ in range(clusters))
         self.mix, self.mix_norm = Stack(experts, Z + A + emb, width, bias=False), StackNorm(experts, width)
         self.mix_out, self.mix_out_norm = Stack(experts, width, width, bias=False), StackNorm(experts, width)
         self.router = nn.Sequential(nn.Linear(emb, 64), nn.ReLU(), nn.Linear(64, experts)) if experts > 1 else None
+        self.token_router = nn.Linear(Z + A, experts) if segment else None
         self.experts = Transformer(experts, width, heads, expert_layers, dropout, max_len)
         self.join = nn.Linear(topk * width + emb, width) if shared_layers or topk > 1 else None
         self.shared = Transformer(1, width, heads, shared_layers, dropout) if shared_layers else None
@@ -537,10 +549,21 @@ class WorldModel(nn.Module):
         return F.normalize(self.e if task is None else self.e[task], dim=-1)
 
     def routing(self, e, tau=1.0, noise=0.0):
-        """route() with this model's router: S (K, N_experts), J (K, n), w (K, n)."""
+        """route() with this model's router: S (K, N_experts), J (K, n), w (K, n). Per token all experts are active."""
         if self.router is None:
             return e.new_ones(len(e), 1), self.zero.expand(len(e), 1), e.new_ones(len(e), 1)
-        return route(e, self.router, self.topk, tau, noise)
+        S, J, w = route(e, self.router, self.active, tau, noise)
+        return S, J, torch.ones_like(w) if self.segment else w
+
+    def token_scores(self, z, act, e):
+        """Routing per token: softmax (K, B, L, N_experts) of the task's logits and those of z (K, B, L, Z) and act."""
+        logits = self.router(e)[:, None, None] + self.token_router(torch.cat([z, act], -1))
+        return logits.float().softmax(-1)
+
+    def held(self, scores, pos):
+        """What each of the tokens at positions pos (L,) is routed by: the scores (.., T, N_experts) of all positions
+        where its segment begins."""
+        return scores[:, :, pos - pos % self.segment]
 
     def perceive(self, method, x, e, task=None):
         """Every cluster's VAE on the frames of its own tasks: x (K, R, ..), e (K, E) -> (K, R, ..)."""
@@ -564,7 +587,7 @@ class WorldModel(nn.Module):
         """(K, B, L, Z) -> images (K, B, L, 3, 64, 64)."""
         return self.perceive("decode", z.flatten(1, 2), e, task).unflatten(1, z.shape[1:3]).float()
 
-    def sequence(self, z, act, e, J, gate, mask, pos, cache=(None, None)):
+    def sequence(self, z, act, e, J, gate, mask, pos, cache=(None, None, None)):
         """h (K, B, L, D) from z (K, B, L, Z) and act (K, B, L, A) at positions pos (L,); mask (K, B, L, T)."""
         K, B, L, _ = z.shape
         n, which, at = J.shape[1], J.flatten(), e[:, None, None].expand(K, B, L, -1)
@@ -572,7 +595,14 @@ class WorldModel(nn.Module):
         x = F.relu(self.mix_norm(self.mix(x, which), which))
         x = self.mix_out_norm(self.mix_out(x, which), which).view(K * n, B, L, -1)
         x = self.experts(x, which, mask.repeat_interleave(n, 0), pos, cache[0])
-        x = (x * gate.reshape(K * n, 1, 1, 1)).view(K, n, B, L, -1).permute(0, 2, 3, 1, 4).flatten(3)  # (K, B, L, n*D)
+        x = (x * gate.reshape(K * n, 1, 1, 1)).view(K, n, B, L, -1).permute(0, 2, 3, 1, 4)             # (K, B, L, n, D)
+        if self.segment:
+            p = self.token_scores(z, act, e)
+            p = self.held(p if cache[2] is None else cache[2].index_copy_(2, pos, p.to(cache[2].dtype)), pos)
+            best = F.one_hot(p.argmax(-1), n).to(p.dtype)
+            x = (x * (best + p - p.detach())[..., None]).sum(3)                        # one's; p learns from all
+        else:
+            x = x.flatten(3)
         if self.join is not None:
             x = self.join(torch.cat([x, at], -1))
         if self.shared is not None:
@@ -590,9 +620,10 @@ class WorldModel(nn.Module):
         return unimix(self.head(self.prior_head, h, e, task).unflatten(-1, (self.latents, -1)))
 
     def new_cache(self, K, R, T, x):
-        """Empty caches of experts and shared Transformer for K tasks of R sequences of T steps."""
-        return (self.experts.new_cache(K * self.topk * R, T, x),
-                None if self.shared is None else self.shared.new_cache(K * R, T, x))
+        """Empty caches of experts, shared Transformer and routing per token for K tasks of R sequences of T steps."""
+        return (self.experts.new_cache(K * self.active * R, T, x),
+                None if self.shared is None else self.shared.new_cache(K * R, T, x),
+                x.new_zeros(K, R, T, self.active) if self.segment else None)
 
 
 class Actor(nn.Module):
@@ -682,6 +713,11 @@ def world_model_loss(wm, obs, act, rew, term, first, tau, noise, gate="st", rese
         # one free nat for each task, not for the mean of all: easy tasks would hide the hard ones
         "dyn": dyn.clamp(min=1), "rep": rep.clamp(min=1)}
     more = {"z": z.detach(), "scores": S, "J": J, "dyn_raw": dyn.detach()}
+    if wm.segment:
+        p = wm.held(wm.token_scores(z.detach(), act, e), pos)                          # (K, B, L, N_experts)
+        best, surprise = p.argmax(-1), p.clamp(min=1e-8).log() - S[:, None, None].clamp(min=1e-8).log()
+        more |= {"scores": p.mean((1, 2)), "switch": p.diff(dim=2).abs().sum(-1).mean((1, 2)) / 2,
+                 "prior": (p * surprise).sum(-1).mean((1, 2)), "switch_rate": best.diff().ne(0).float().mean((1, 2))}
     if wm.task_head is not None:
         ids = torch.arange(K, device=rew.device) if task is None else torch.tensor(task, device=rew.device)
         logits = wm.task_head(h).float().movedim(-1, 1)                                # (K, tasks, B, L)
@@ -785,7 +821,8 @@ class Agent:
         self.wm = WorldModel(
             K, A, args.clusters, args.experts, args.topk, args.emb, args.stem, args.latents, args.classes, args.width,
             args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm,
-            max_len=max(args.length, args.context + args.horizon + 1, WINDOW)).to(device)
+            args.segment if args.routing == "token" else 0,
+            max(args.length, args.context + args.horizon + 1, WINDOW)).to(device)
         self.wm.vaes.to(memory_format=torch.channels_last)  # of images and kernels: faster convolutions
         self.Z = args.latents * args.classes
         i = self.Z + args.width + args.emb
@@ -838,13 +875,15 @@ class Agent:
         else:
             loss = per_task.sum()
         loss = loss + a.balance * balance_loss(more["scores"], a.topk)
+        if a.routing == "token":
+            loss = loss + (a.switch_coef * more["switch"] + a.prior_coef * more["prior"]).sum()
         self.opt.zero_grad(set_to_none=True)
         loss.backward()
         self.average_gradients([*self.wm.parameters(), self.sigma])
         norm = nn.utils.clip_grad_norm_(self.wm.parameters(), 1000.0)
         self.opt.step()
         self.updates += 1
-        return {k: v.detach() for k, v in losses.items()} | {"grad_norm": norm} | more
+        return {k: v.detach() for k, v in (losses | more).items()} | {"grad_norm": norm}
 
     def update_agent(self, z, act, first, I, generator):
         """One step of actor and critics on I roll-outs per task that start in windows of z (K, B, L, Z)."""
@@ -1153,7 +1192,8 @@ def open_loop(agent, batch, context):
 @torch.no_grad()
 def fidelity(agent, frames, since=0, batches=8):
     """How good the world model is per task, on the frames from row `since` on: PSNR of reconstructions and of open-loop
-    imagination, SSIM of reconstructions, dynamics KL."""
+    imagination, SSIM of reconstructions, dynamics KL; how often the expert changes from token to token, and the mean
+    number of tokens that keep one."""
     a, rows = agent.args, []
     for i in range(batches):
         torch.manual_seed(draw_seed(a.seed, 7, i))
@@ -1163,9 +1203,12 @@ def fidelity(agent, frames, since=0, batches=8):
         psnr, dream = (-10 * (y - real).square().mean((-3, -2, -1)).clamp(min=1e-8).log10() for y in (rebuilt, dreamt))
         dream = dream[:, :, a.context:]
         rows.append(torch.stack([psnr.mean((1, 2)), ssim(rebuilt, real).mean((1, 2, 3)), dream.mean((1, 2)),
-                                 more["dyn_raw"], losses["rec"]]))
-    names = ("psnr", "ssim", "open_loop_psnr", "dyn_kl", "rec")
-    return {name: x.tolist() for name, x in zip(names, torch.stack(rows).mean(0))}
+                                 more["dyn_raw"], losses["rec"],
+                                 more.get("switch_rate", torch.zeros_like(more["dyn_raw"]))]))
+    names = ("psnr", "ssim", "open_loop_psnr", "dyn_kl", "rec", "switch_rate")
+    good = dict(zip(names, torch.stack(rows).mean(0)))
+    good["run_length"] = a.length / (1 + (a.length - 1) * good["switch_rate"])
+    return {name: x.tolist() for name, x in good.items()}
 
 
 @torch.no_grad()
@@ -1302,11 +1345,11 @@ def cells(run, names, work):
     return out
 
 
-def learn(agent, frames, until, run, phase, task=None):
-    """World-model updates on `frames` until there were so many."""
+def learn(agent, frames, until, run, phase, learn_to_act=False, task=None):
+    """Updates on `frames` until there were so many."""
     log = Log(agent.args, agent, run, [])
     while agent.updates < until:
-        metrics = agent.update(frames, learn_to_act=False, task=task)
+        metrics = agent.update(frames, learn_to_act, task)
         if agent.updates % 50 == 0 or agent.updates in (1, 10):
             log.note(metrics, frames.count, until - agent.updates, phase=phase)
 
@@ -1349,11 +1392,9 @@ def cluster_only(args, tasks, run):
         rows.append({"clusters": int(n), "silhouette": float(np.mean([f["all"]["silhouette"][n] for f in found])),
                      "ari_seeds": mean_ari([(p, q) for i, p in enumerate(labels) for q in labels[:i]]),
                      "ari_half_warmup": mean_ari([(f["half"]["labels"][n], f["all"]["labels"][n]) for f in found])})
-    print(f"\n{'clusters':>8}{'silhouette':>12}{'ARI, seeds':>12}{'ARI, half the warm-up':>23}   ({len(found)} seeds, "
-          f"{args.warmup} updates)")
-    for r in rows:
-        print(f"{r['clusters']:8}{r['silhouette']:12.3f}" + "".join(
-            cell(r[x], w, 3) for x, w in (("ari_seeds", 12), ("ari_half_warmup", 23))))
+    show(f"{len(found)} seeds, {args.warmup} updates", rows,
+         {"clusters": "clusters", "silhouette": "silhouette", "ari_seeds": "ARI of seeds",
+          "ari_half_warmup": "ARI, half the warm-up"})
     write_csv(run.dir / "results.csv", rows)
     labels = found[0]["all"]["labels"][str(args.clusters)]
     sim = np.mean([f["all"]["similarity"] for f in found], 0)
@@ -1378,6 +1419,12 @@ def study_cells(args, K, A):
         return ({f"experts{n}": dict(experts=n) for n in (3, 6, 12)}
                 | {"no_balance": dict(balance=0.0), "gate_none": dict(gate="none"), "no_shared": dict(shared_layers=0),
                    "no_task_loss": dict(task_coef=0.0), "harmony_off": dict(harmony="off")})
+    if args.experiment == "tokens":
+        task = dict(experts=4, topk=1)
+        token = task | dict(routing="token")
+        return {"task": task, "token": token, "segment8": token | dict(segment=8),
+                "segment16": token | dict(segment=16), "switch_penalty": token | dict(switch_coef=0.1),
+                "task_prior": token | dict(prior_coef=0.1)}
     one = dict(clusters=1, experts=1, topk=1)  # monoliths: widen the Transformers until parameters or products agree
     widths = [args.heads * i for i in range(1, 1 + 16 * args.width // args.heads)]
 
@@ -1391,18 +1438,14 @@ def study_cells(args, K, A):
 
 
 def compare(args, tasks, run):
-    """--experiment clusters, experts, monolith: world models on the same random play, judged on its last fifth. Every
-    cell has the same number of updates; no agent is trained."""
-    data = {}
+    """--experiment clusters, experts, monolith, tokens: world models on the same random play, judged on its last fifth.
+    Every cell has the same number of updates; no agent is trained."""
+    played = functools.lru_cache(maxsize=1)(lambda seed: random_frames(replace(args, seed=seed), tasks, run))
 
     def work(name):
         variant, seed = name.rsplit("_s", 1)
-        a = replace(args, seed=int(seed))
-        if seed not in data:
-            data.clear()
-            data[seed] = random_frames(a, tasks, run)
-        frames, legal = data[seed]
-        a = replace(a, **variants[variant])
+        frames, legal = played(int(seed))
+        a = replace(args, seed=int(seed), **variants[variant])
         agent = make_agent(a, tasks, legal, torch.device(a.device))
         with training_part(frames):
             learn(agent, frames, a.warmup, run, name)
@@ -1411,7 +1454,8 @@ def compare(args, tasks, run):
             elif a.clusters > 1:
                 find_clusters(agent, frames)
             learn(agent, frames, total_updates(a), run, name)
-        return fidelity(agent, frames, first_test_row(frames)) | routing_facts(agent) | {
+        facts = {} if args.experiment == "tokens" else routing_facts(agent)
+        return fidelity(agent, frames, first_test_row(frames)) | facts | {
             "variant": variant, "labels": list(agent.wm.labels), "drop_one": drop_one(agent, frames),
             "parameters": sum(p.numel() for p in agent.wm.parameters()),
             "products": sum(products(a, agent.A).values())}
@@ -1419,17 +1463,24 @@ def compare(args, tasks, run):
     A = (18 if any(t not in METAWORLD50 for t in tasks) else 0) + (4 if any(t in METAWORLD50 for t in tasks) else 0)
     variants = study_cells(args, len(tasks), A)
     found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in variants], work)
-    rows = over_seeds(found, ("psnr", "ssim", "open_loop_psnr", "dyn_kl", "usage_entropy", "dead_experts",
-                              "mutual_information"), ("parameters", "products"))
+    own = ({"switch_rate": "switch rate", "run_length": "run length"} if args.experiment == "tokens" else
+           {"dead_experts": "dead", "mutual_information": "I(task;expert)", "usage_entropy": "usage entropy"})
+    rows = over_seeds(found, ("psnr", "ssim", "open_loop_psnr", "dyn_kl", *own), ("parameters", "products"))
     write_csv(run.dir / "results.csv", rows)
-    print(f"\n{args.experiment}, {args.seeds} seeds, {total_updates(args)} updates, held-out random play")
-    print(f"{'variant':22}{'parameters':>12}{'PSNR':>8}{'SSIM':>8}{'open loop':>11}{'+-':>6}{'KL':>7}{'dead':>6}"
-          f"{'I(task;expert)':>16}")
-    for r in rows:
-        print(f"{r['variant']:22}{r['parameters']:12,}{r['psnr']:8.2f}{r['ssim']:8.3f}{r['open_loop_psnr']:11.2f}"
-              f"{cell(r['open_loop_psnr_sd'], 6, 2)}{r['dyn_kl']:7.3f}{r['dead_experts']:6.1f}"
-              f"{r['mutual_information']:16.3f}")
+    show(f"{args.experiment}, {args.seeds} seeds, {total_updates(args)} updates, held-out random play", rows,
+         {"variant": "variant", "parameters": "parameters", "psnr": "PSNR", "ssim": "SSIM",
+          "open_loop_psnr": "open loop", "open_loop_psnr_sd": "+-", "dyn_kl": "KL", **own})
     return {"args": asdict(args), "rows": rows, "cells": found}
+
+
+def show(title, rows, columns):
+    """Print the columns {key: heading} of a study's table."""
+    print(f"\n{title}")
+    text = [list(columns.values())] + [[x if isinstance(x, str) else cell(x, 0, 0 if isinstance(x, int) else 3)
+                                        for x in (r[key] for key in columns)] for r in rows]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    for line in text:
+        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths))))
 
 
 def over_seeds(found, numbers, same=()):
@@ -1459,17 +1510,20 @@ def transfer(args, tasks, run):
     The new task gets an embedding and joins the old cluster whose modules fit it best; all of the model learns, or all
     but the experts, or all but the VAE. new_cluster: modules of its own, as they were after the warm-up, while all that
     tasks share is frozen. scratch: the same sizes, never trained on the old tasks."""
-    new, total, past = len(tasks) - 1, total_updates(args), {}
+    new, total = len(tasks) - 1, total_updates(args)
     old, budget = list(range(new)), total // 2
+    args = replace(args, clusters=min(args.clusters, new) + 1)  # the last is for the new task
 
-    def pretrained(a):
+    @functools.lru_cache(maxsize=1)
+    def pretrained(seed):
         """Random play of all tasks, the model of the old ones and the cluster for the new one."""
+        a = replace(args, seed=seed)
         frames, legal = random_frames(a, tasks, run)
         agent, spare = make_agent(a, tasks, legal, torch.device(a.device)), a.clusters - 1
         with training_part(frames):
-            learn(agent, frames, a.warmup, run, f"old tasks, seed {a.seed}", old)
+            learn(agent, frames, a.warmup, run, f"old tasks, seed {a.seed}", task=old)
             agent.spread(cluster_tasks(task_gradients(agent, frames)[old], spare) + [spare])
-            learn(agent, frames, total, run, f"old tasks, seed {a.seed}", old)
+            learn(agent, frames, total, run, f"old tasks, seed {a.seed}", task=old)
             labels, fit = agent.wm.labels[:new], []
             for c in range(spare):
                 agent.wm.assign([*labels, c])
@@ -1478,12 +1532,9 @@ def transfer(args, tasks, run):
 
     def work(name):
         variant, seed = name.rsplit("_s", 1)
-        a = replace(args, seed=int(seed), clusters=min(args.clusters, new) + 1)
-        if seed not in past:
-            past.clear()
-            past[seed] = pretrained(a)
-        frames, legal, model, labels = past[seed]
-        agent = make_agent(replace(a, balance=0.0, task_coef=0.0), tasks, legal, torch.device(a.device))  # one task now
+        frames, legal, model, labels = pretrained(int(seed))
+        a = replace(args, seed=int(seed), balance=0.0, task_coef=0.0)  # terms that compare tasks
+        agent = make_agent(a, tasks, legal, torch.device(a.device))
         if variant != "scratch":
             agent.wm.load_state_dict(model)
             agent.updates = total  # the router's temperature has fallen
@@ -1494,7 +1545,7 @@ def transfer(args, tasks, run):
         before, start = held_out_loss(agent, frames, old, test), agent.updates
         for step in steps:
             with training_part(frames):
-                learn(agent, frames, start + step, run, name, [new])
+                learn(agent, frames, start + step, run, name, task=[new])
             curve += held_out_loss(agent, frames, [new], test)
         forgot = np.array(held_out_loss(agent, frames, old, test)) / before - 1
         good = {x: v[new] for x, v in fidelity(agent, frames, test).items()}
@@ -1511,16 +1562,11 @@ def transfer(args, tasks, run):
                               "dyn_kl", "forgetting"))
     write_csv(run.dir / "results.csv", rows)
     plot_transfer(found, tasks[new], run.dir / "transfer.png")
-    print(f"\n{tasks[new]} after {', '.join(tasks[:new])}: {args.seeds} seeds, {total} updates before, {budget} on the "
-          "new task; held-out random play. Share of the updates until as good as scratch at the end; change of the old "
-          "tasks' loss")
-    print(f"{'variant':16}{'first loss':>11}{'last loss':>10}{'area/scratch':>13}{'+-':>6}{'as scratch':>11}"
-          f"{'open loop':>10}{'SSIM':>7}{'KL':>7}{'old tasks':>11}")
-    for r in rows:
-        print(f"{r['variant']:16}{r['zero_shot']:11.1f}{r['final']:10.1f}{r['auc_ratio']:13.3f}"
-              f"{cell(r['auc_ratio_sd'], 6, 3)}{cell(r['until_scratch'], 11, 2)}{r['open_loop_psnr']:10.2f}"
-              f"{r['ssim']:7.3f}{r['dyn_kl']:7.3f}"
-              + (f"{r['forgetting']:+11.1%}" if r["forgetting"] is not None else f"{'-':>11}"))
+    show(f"{tasks[new]} after {', '.join(tasks[:new])}: {args.seeds} seeds, {total} updates before, {budget} on the "
+         "new task; held-out random play. Until scratch: share of the updates until as good as scratch's end", rows,
+         {"variant": "variant", "zero_shot": "first loss", "final": "last loss", "auc_ratio": "area / scratch",
+          "auc_ratio_sd": "+-", "until_scratch": "until scratch", "open_loop_psnr": "open loop", "ssim": "SSIM",
+          "dyn_kl": "KL", "forgetting": "change of old tasks"})
     return {"args": asdict(args), "rows": rows, "cells": found}
 
 
@@ -1547,6 +1593,83 @@ def plot_transfer(found, task, path):
     fig.savefig(path, dpi=120)
 
 
+def sharpness(args, tasks, run):
+    """--experiment fidelity: does a sharper VAE give the actor a steadier gradient? One VAE for all tasks, its width
+    and its latents vary, the dynamics do not; world model, actor and critic learn on random play. At five checkpoints,
+    per task: PSNR and SSIM of held-out reconstructions, and the gradient's noise in imagination."""
+    played = functools.lru_cache(maxsize=1)(lambda seed: random_frames(replace(args, seed=seed), tasks, run))
+    c, n = args.stem, args.latents
+    variants = ({f"stem{i}": dict(stem=i) for i in (c // 2, c, 2 * c)}
+                | {f"latents{i}": dict(latents=i, classes=i) for i in (n // 2, 2 * n)})
+
+    def work(name):
+        variant, seed = name.rsplit("_s", 1)
+        frames, legal = played(int(seed))
+        a, points, test = replace(args, seed=int(seed), clusters=1, **variants[variant]), [], first_test_row(frames)
+        agent = make_agent(a, tasks, legal, torch.device(a.device))
+        for i in range(1, 6):
+            with training_part(frames):
+                learn(agent, frames, total_updates(a) * i // 5, run, name, learn_to_act=True)
+            points.append(fidelity(agent, frames, test) | {"noise": gradient_noise(agent, frames, test)})
+        return {"variant": variant, "points": points} | {x: points[-1][x] for x in ("psnr", "ssim", "noise")}
+
+    found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in variants], work)
+    rows = over_seeds(found, ("psnr", "ssim", "noise"))
+    rows.append(dict.fromkeys(rows[0]) | {"variant": "all together"})
+    for row in rows:
+        mine = [p for f in found.values() if row["variant"] in (f["variant"], "all together") for p in f["points"]]
+        for x in ("psnr", "ssim"):
+            row[f"rho_{x}"] = rank_correlation([p[x] for p in mine], [p["noise"] for p in mine])
+    write_csv(run.dir / "results.csv", rows)
+    plot_sharpness(found, run.dir / "fidelity.png")
+    show(f"fidelity, {args.seeds} seeds, {total_updates(args)} updates; noise of the actor's gradient and its rank "
+         "correlation with PSNR and SSIM over tasks, checkpoints and seeds", rows,
+         {"variant": "variant", "psnr": "PSNR", "ssim": "SSIM", "noise": "noise", "noise_sd": "+-",
+          "rho_psnr": "rho with PSNR", "rho_ssim": "rho with SSIM"})
+    return {"args": asdict(args), "rows": rows, "cells": found}
+
+
+def rank_correlation(x, y):
+    """Spearman's rho of all numbers in two lists of lists."""
+    from scipy.stats import spearmanr
+    return float(spearmanr(np.ravel(x), np.ravel(y)).statistic)
+
+
+def gradient_noise(agent, frames, since, parts=8):
+    """tr Cov / |mean|^2 of the actor's gradient for each task, over the parts of one batch of imagined roll-outs."""
+    a, wm, out = agent.args, agent.wm.eval(), []
+    torch.manual_seed(draw_seed(a.seed, 10))
+    obs, acts, _, _, first = frames.sample(a.rollouts, a.context, np.random.default_rng([a.seed, 10]), agent.device,
+                                           since=since)
+    with torch.no_grad():
+        z = sample_latent(wm.posterior(to_images(obs), wm.embedding()))
+    rolled = imagine(wm, agent.actor, z, acts, first, a.horizon, agent.temperature(), reset_mask=a.reset_mask)
+    for k in range(agent.K):
+        one, actor = slice(k, k + 1), copy.deepcopy(agent.actor)
+        actor.legal, actor.continuous = actor.legal[one], actor.continuous[one]
+        grads = []
+        for i in range(parts):
+            part = [x[one, i::parts] for x in rolled]
+            loss, *_ = agent_loss(actor, agent.critic, agent.slow, wm.cluster_of[one], *part, agent.low[one],
+                                  agent.high[one], a.gamma, a.lam, a.entropy, a.lambda_compat)
+            grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(actor.parameters()))]))
+        grads = torch.stack(grads)
+        out.append(float(grads.var(0).sum() / grads.mean(0).square().sum()))
+    return out
+
+
+def plot_sharpness(found, path):
+    """Noise of the actor's gradient over PSNR: a point per task, checkpoint and seed."""
+    fig, axes = figure(6, 4)
+    for variant in dict.fromkeys(f["variant"] for f in found.values()):
+        points = [p for f in found.values() if f["variant"] == variant for p in f["points"]]
+        axes[0, 0].semilogy(np.ravel([p["psnr"] for p in points]), np.ravel([p["noise"] for p in points]), ".",
+                            label=variant)
+    axes[0, 0].set(xlabel="PSNR of held-out reconstructions (dB)", ylabel="tr Cov / |mean|$^2$ of the actor's gradient")
+    axes[0, 0].legend(fontsize=8)
+    fig.savefig(path, dpi=120)
+
+
 @torch.no_grad()
 def drop_one(agent, frames):
     """How much each task's dynamics KL rises when one expert's output is zero: (experts, K)."""
@@ -1564,17 +1687,19 @@ def parameters(args, K, A):
     """Parameters of the world model, without making it."""
     with torch.device("meta"):
         wm = WorldModel(K, A, args.clusters, args.experts, args.topk, args.emb, args.stem, args.latents, args.classes,
-                        args.width, args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm)
+                        args.width, args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm,
+                        args.segment if args.routing == "token" else 0)
     return sum(p.numel() for p in wm.parameters())
 
 
 def products(args, A):
     """Multiply-adds per frame: {encoder, decoder, dynamics, heads}; one is two floating-point operations."""
-    c, D, E, Z, H, n = args.stem, args.width, args.emb, args.latents * args.classes, args.hidden, args.topk
+    c, D, E, Z, H = args.stem, args.width, args.emb, args.latents * args.classes, args.hidden
+    n = args.experts if args.routing == "token" else args.topk
     layers = (3, c, 32), (c, 2 * c, 16), (2 * c, 4 * c, 8), (4 * c, 8 * c, 4)           # channels in, out, side
     convs = sum(16 * i * o * side**2 for i, o, side in layers)
     linear, block = (128 * c + E) * Z, 8 * D * D + 2 * args.length * D
-    shared = ((n * D + E) * D if args.shared_layers or n > 1 else 0) + args.shared_layers * block
+    shared = ((args.topk * D + E) * D if args.shared_layers or args.topk > 1 else 0) + args.shared_layers * block
     return {"encoder": convs + linear, "decoder": convs + linear,
             "dynamics": n * ((Z + A + E) * D + D * D + args.expert_layers * block) + shared,
             "heads": (D + E) * (Z + 2 * H) + 2 * H * H + (BINS + 1) * H}
@@ -1704,12 +1829,19 @@ def fill(args, tasks):
                              "--storm out")
         values.update(clusters=1, experts=1, topk=1, emb=0, shared_layers=0, warmup=0)
         args = replace(args, harmony="off", reset_mask=False)
+    if args.routing == "token":
+        values["topk"] = 1
+    elif args.segment != 1 or args.switch_coef or args.prior_coef:
+        raise SystemExit("--segment, --switch-coef and --prior-coef are for experts per token: add --routing token")
     if args.experts is not None and args.topk is None:
         values["topk"] = min(values["topk"], args.experts)
     args = replace(args, preset=preset, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.clusters > K:
         raise SystemExit(f"--clusters {args.clusters} for {K} task{'s' * (K > 1)}: expected at most one cluster per "
                          f"task; type --clusters {K} or less")
+    if args.routing == "token" and (args.topk > 1 or args.experts == 1):
+        raise SystemExit(f"--routing token gives every token one of several experts, not --topk {args.topk} of "
+                         f"--experts {args.experts}: type --experts 2 or more and leave --topk out")
     if args.topk > args.experts:
         raise SystemExit(f"--topk {args.topk} of {args.experts} experts: expected at most --experts; type --topk "
                          f"{args.experts} or less")
@@ -1724,6 +1856,9 @@ def fill(args, tasks):
         raise SystemExit(f"--experiment {args.experiment} tests on the last fifth of --random-steps "
                          f"{args.random_steps}, which holds no window of --length {args.length}: type --random-steps "
                          f"{5 * args.length + 5} or more")
+    if args.experiment == "fidelity" and args.rollouts < 8:
+        raise SystemExit(f"--experiment fidelity compares the gradients of 8 parts of --rollouts {args.rollouts}: type "
+                         "--rollouts 8 or more")
     if args.experiment == "transfer" and K == 1:
         raise SystemExit("--experiment transfer learns the last task after the others: give --task two or more, the "
                          "new one last")
@@ -1986,7 +2121,8 @@ def main(args: Args):
     if args.track and run:
         import wandb
         wandb.init(project="mow", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
-    study = {None: play_and_learn, "cost": cost, "transfer": transfer}.get(args.experiment, compare)
+    study = {None: play_and_learn, "cost": cost, "transfer": transfer,
+             "fidelity": sharpness}.get(args.experiment, compare)
     result = (cluster_only if args.cluster_only else study)(args, tasks, run)
     if world > 1:
         dist.destroy_process_group()

@@ -3788,8 +3788,9 @@ def test_gathered_products_equal_a_loop_over_tasks():
         assert torch.allclose(wm.decode(z[k:k + 1], e[k:k + 1], [k])[0], wm.decode(z, e)[k], atol=1e-5)
 
 
-def test_cached_steps_equal_the_full_pass_and_it_is_causal():
-    agent = mow_agent(3, experts=3, topk=2, expert_layers=2, shared_layers=2)
+@pytest.mark.parametrize("routing", (dict(topk=2), dict(routing="token"), dict(routing="token", segment=3)))
+def test_cached_steps_equal_the_full_pass_and_it_is_causal(routing):
+    agent = mow_agent(3, experts=3, expert_layers=2, shared_layers=2, **routing)
     wm, (_, act, _, _, first) = agent.wm.eval(), mow_batch(agent, L=8)
     first[0, 0, 3] = first[2, 1, 1] = True
     e, pos, z = wm.embedding(), torch.arange(8), torch.randn(3, 2, 8, 16)
@@ -3813,6 +3814,71 @@ def test_cached_steps_equal_the_full_pass_and_it_is_causal():
     free = mow.episode_mask(first, pos, False)
     assert not torch.allclose(wm.sequence(before, act, e, J, w, free, pos)[0, 0, 3:],
                               wm.sequence(z, act, e, J, w, free, pos)[0, 0, 3:])
+
+
+def test_experts_per_token():
+    agent = mow_agent(2, experts=3, routing="token", segment=8)
+    wm, (obs, act, _, _, first) = agent.wm.eval(), mow_batch(agent, B=1, L=8)
+    e, pos = wm.embedding(), torch.arange(8)
+    _, J, w = wm.routing(e)
+    assert J.tolist() == [[0, 1, 2]] * 2 and w.eq(1).all()
+    z, mask = mow.sample_latent(wm.posterior(mow.to_images(obs), e)).detach(), mow.episode_mask(first, pos)
+    h = wm.sequence(z, act, e, J, w, mask, pos)
+    h.square().sum().backward()
+    assert wm.token_router.weight.grad.abs().sum(1).min() > 0
+    chosen = wm.token_scores(z, act, e)[:, 0, 0].argmax(-1, keepdim=True)                  # of the first token
+    moved = {j for j in range(3) if wm.experts.blocks[0].up.weight.grad[j].any()}
+    assert moved == set(chosen.flatten().tolist())
+    wm.segment = 0
+    assert torch.allclose(h, wm.sequence(z, act, e, chosen, torch.ones(2, 1), mask, pos), atol=1e-5)
+
+    for segment in (1, 4, 8):
+        agent = mow_agent(2, experts=3, routing="token", segment=segment)
+        torch.manual_seed(0)
+        nn.init.normal_(agent.wm.token_router.weight, std=3)
+        more = mow.world_model_loss(agent.wm, *mow_batch(agent, L=8), torch.tensor(1.0), 0.0)[1]
+        assert (more["switch"] > 0).all() == (segment < 8) and more["prior"].min() > 0
+        assert more["switch_rate"].max() <= {1: 1, 4: 1 / 7, 8: 0}[segment]
+    with torch.no_grad():
+        agent.wm.token_router.weight.zero_()
+        agent.wm.token_router.bias.zero_()
+    more = mow.world_model_loss(agent.wm, *mow_batch(agent, L=8), torch.tensor(1.0), 0.0)[1]
+    assert more["prior"].abs().max() < 1e-6 and torch.allclose(more["scores"], wm_scores(agent), atol=1e-6)
+
+
+def wm_scores(agent):
+    return agent.wm.routing(agent.wm.embedding())[0]
+
+
+def test_penalties_on_switching_and_on_leaving_the_prior():
+    grads = {}
+    for name, more in (("free", {}), ("switch", dict(switch_coef=2.0)), ("prior", dict(prior_coef=2.0))):
+        agent = mow_agent(2, experts=3, routing="token", tau=1.0, **more)
+        torch.manual_seed(0)
+        nn.init.normal_(agent.wm.token_router.weight)
+        batch, weight = mow_batch(agent, B=1, L=4), agent.wm.token_router.weight
+        torch.manual_seed(0)
+        agent.update_world(batch)
+        grads[name] = weight.grad - grads.get("free", 0)
+        if more:
+            agent = mow_agent(2, experts=3, routing="token")
+            torch.manual_seed(0)
+            nn.init.normal_(agent.wm.token_router.weight)
+            torch.manual_seed(0)
+            penalty = mow.world_model_loss(agent.wm, *batch, torch.tensor(1.0), 0.0)[1][name].sum()
+            want, = torch.autograd.grad(2 * penalty, agent.wm.token_router.weight)
+            assert want.any() and torch.allclose(grads[name], want, atol=1e-5)
+
+
+def test_noise_of_the_actor_gradient(tmp_path, monkeypatch):
+    agent = mow_agent(2, clusters=1, rollouts=16)
+    frames = mow_frames(agent, tmp_path / "f")
+    agent.update(frames)
+    assert all(0 < x < 1e6 for x in mow.gradient_noise(agent, frames, 0))
+    real = mow.imagine
+    monkeypatch.setattr(mow, "imagine", lambda *a, **k: [x[:, :1].expand(-1, 16, *x.shape[2:]) for x in real(*a, **k)])
+    assert max(mow.gradient_noise(agent, frames, 0)) < 1e-8  # all roll-outs alike
+    assert mow.rank_correlation([[1, 2], [3, 9]], [[5, 6], [7, 8]]) == pytest.approx(1)
 
 
 def test_free_bits_are_per_task_and_kl_stops_at_episodes():
@@ -4119,6 +4185,12 @@ def test_storm_runs_alone(tmp_path, monkeypatch):
     assert result["args"]["emb"] == 0 and result["args"]["norm"] == "bn" and result["rows"][0]["episodes"] == 1
 
 
+def test_a_run_with_experts_per_token(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = mow.main(mow.Args(task="Pong", routing="token", segment=4, switch_coef=0.1, prior_coef=0.1, **MOW_TINY))
+    assert result["args"]["topk"] == 1 and 8 / 2 <= result["fidelity"]["run_length"][0] <= 8
+
+
 def test_checkpoint_of_another_run_plays_and_goes_on(mow_run, tmp_path, monkeypatch):
     whole, folder = mow_run
     monkeypatch.chdir(tmp_path)
@@ -4176,9 +4248,15 @@ def test_mow_studies_make_their_tables_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(mow, "task_gradients", lambda agent, frames: gradients(agent, frames, 2))
     r = mow.main(mow.Args(task=GAMES, cluster_only=True, seeds=2, **small))
     assert [row["clusters"] for row in r["rows"]] == [2] and -1 <= r["rows"][0]["ari_seeds"] <= 1
-    for name, task, variants in (("clusters", "Pong,Qbert", 2), ("monolith", GAMES, 4)):
+    r = mow.main(mow.Args(task="Pong", experiment="fidelity", seeds=1, **small | dict(rollouts=8)))
+    assert [row["variant"] for row in r["rows"]] == ["stem2", "stem4", "stem8", "latents2", "latents8", "all together"]
+    assert all(-1 <= row["rho_ssim"] <= 1 for row in r["rows"]) and len(r["cells"]["stem2_s1"]["points"]) == 5
+    for name, task, variants in (("tokens", "Pong", 6), ("clusters", "Pong,Qbert", 2), ("monolith", GAMES, 4)):
         r = mow.main(mow.Args(task=task, experiment=name, seeds=1, **small))
         assert len(r["rows"]) == variants and all(np.isfinite(row["open_loop_psnr"]) for row in r["rows"])
+        if name == "tokens":
+            runs = {row["variant"]: row["run_length"] for row in r["rows"]}
+            assert runs["task"] == runs["segment8"] == 8 and 1 <= runs["token"] <= 8
         if name == "monolith":
             size = {row["variant"]: row["parameters"] for row in r["rows"]}
             work = {row["variant"]: row["products"] for row in r["rows"]}
@@ -4247,6 +4325,9 @@ def test_mow_bad_input_is_one_sentence(tmp_path, monkeypatch):
                         (("--heads",), dict(task=GAMES, width=15)), (("--random-steps",), dict(task=GAMES,
                                                                                                random_steps=4)),
                         (("last fifth",), dict(task=GAMES, experiment="experts", random_steps=20)),
+                        (("add --routing token",), dict(task="Pong", segment=4)),
+                        (("not --topk 2",), dict(task="Pong", routing="token", topk=2)),
+                        (("--rollouts 8",), dict(task="Pong", experiment="fidelity", random_steps=45, steps=45)),
                         (("two or more",), dict(task="Pong", experiment="transfer", random_steps=45, steps=45)),
                         (("--batch 0", "positive"), dict(task=GAMES, batch=0)), (("--checkpoint",),
                                                                                  dict(eval_only=True)),
