@@ -1500,7 +1500,7 @@ def over_seeds(found, numbers, same=()):
 
 FROZEN = {  # variants of --experiment transfer: parts of the world model that do not learn the new task
     "scratch": (), "all": (), "freeze_experts": ("mix", "experts"), "freeze_vae": ("vaes",),
-    "new_cluster": ("mix", "experts", "router", "join", "shared")}
+    "new_cluster": ("mix", "experts", "router", "token_router", "join", "shared")}
 
 
 def transfer(args, tasks, run):
@@ -1587,7 +1587,8 @@ def plot_transfer(found, task, path):
     fig, axes = figure(6, 4)
     for variant in FROZEN:
         mine = [f for f in found.values() if f["variant"] == variant]
-        axes[0, 0].semilogy(mine[0]["updates"], np.mean([f["loss"] for f in mine], 0), label=variant, marker=".")
+        axes[0, 0].semilogy(mine[0]["updates"], np.mean([f["loss"] for f in mine], 0), label=variant, marker=".",
+                            ls="--" if variant.startswith("freeze") else "-")
     axes[0, 0].set(xlabel=f"updates on {task}", ylabel="held-out loss of the world model")
     axes[0, 0].legend(fontsize=8)
     fig.savefig(path, dpi=120)
@@ -1630,9 +1631,9 @@ def sharpness(args, tasks, run):
 
 
 def rank_correlation(x, y):
-    """Spearman's rho of all numbers in two lists of lists."""
+    """Spearman's rho of all numbers in two lists of lists; None where one of them is constant."""
     from scipy.stats import spearmanr
-    return float(spearmanr(np.ravel(x), np.ravel(y)).statistic)
+    return None if 0 in (np.ptp(x), np.ptp(y)) else float(spearmanr(np.ravel(x), np.ravel(y)).statistic)
 
 
 def gradient_noise(agent, frames, since, parts=8):

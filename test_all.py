@@ -3879,6 +3879,7 @@ def test_noise_of_the_actor_gradient(tmp_path, monkeypatch):
     monkeypatch.setattr(mow, "imagine", lambda *a, **k: [x[:, :1].expand(-1, 16, *x.shape[2:]) for x in real(*a, **k)])
     assert max(mow.gradient_noise(agent, frames, 0)) < 1e-8  # all roll-outs alike
     assert mow.rank_correlation([[1, 2], [3, 9]], [[5, 6], [7, 8]]) == pytest.approx(1)
+    assert mow.rank_correlation([[1, 2]], [[5, 5]]) is None
 
 
 def test_free_bits_are_per_task_and_kl_stops_at_episodes():
@@ -4250,7 +4251,7 @@ def test_mow_studies_make_their_tables_and_resume(tmp_path, monkeypatch):
     assert [row["clusters"] for row in r["rows"]] == [2] and -1 <= r["rows"][0]["ari_seeds"] <= 1
     r = mow.main(mow.Args(task="Pong", experiment="fidelity", seeds=1, **small | dict(rollouts=8)))
     assert [row["variant"] for row in r["rows"]] == ["stem2", "stem4", "stem8", "latents2", "latents8", "all together"]
-    assert all(-1 <= row["rho_ssim"] <= 1 for row in r["rows"]) and len(r["cells"]["stem2_s1"]["points"]) == 5
+    assert -1 <= r["rows"][-1]["rho_ssim"] <= 1 and len(r["cells"]["stem2_s1"]["points"]) == 5
     for name, task, variants in (("tokens", "Pong", 6), ("clusters", "Pong,Qbert", 2), ("monolith", GAMES, 4)):
         r = mow.main(mow.Args(task=task, experiment=name, seeds=1, **small))
         assert len(r["rows"]) == variants and all(np.isfinite(row["open_loop_psnr"]) for row in r["rows"])
