@@ -1420,7 +1420,7 @@ def study_cells(args, K, A):
                 | {"no_balance": dict(balance=0.0), "gate_none": dict(gate="none"), "no_shared": dict(shared_layers=0),
                    "no_task_loss": dict(task_coef=0.0), "harmony_off": dict(harmony="off")})
     if args.experiment == "tokens":
-        task = dict(experts=4, topk=1)
+        task = dict(experts=4, topk=1, routing="task", segment=1, switch_coef=0.0, prior_coef=0.0)
         token = task | dict(routing="token")
         return {"task": task, "token": token, "segment8": token | dict(segment=8),
                 "segment16": token | dict(segment=16), "switch_penalty": token | dict(switch_coef=0.1),
