@@ -1637,7 +1637,8 @@ def rank_correlation(x, y):
 
 
 def gradient_noise(agent, frames, since, parts=8):
-    """tr Cov / |mean|^2 of the actor's gradient for each task, over the parts of one batch of imagined roll-outs."""
+    """tr Cov / |mean|^2 of the actor's gradient for each task, over the parts of one batch of imagined roll-outs. It is
+    near `parts` where there is only noise: the mean of n parts has 1/n of their variance."""
     a, wm, out = agent.args, agent.wm.eval(), []
     torch.manual_seed(draw_seed(a.seed, 10))
     obs, acts, _, _, first = frames.sample(a.rollouts, a.context, np.random.default_rng([a.seed, 10]), agent.device,
