@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing.connection
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -96,8 +97,8 @@ def score(task, ret, success):
     A gymnasium id has no published scale: its return comes back as it is, and can lie outside [0, 1]."""
     if task in METAWORLD50:
         return float(success)
-    if task in ATARI_SCORES:
-        random, human = ATARI_SCORES[task]
+    if (game := task.partition("@")[0]) in ATARI_SCORES:
+        random, human = ATARI_SCORES[game]
         return (float(ret) - random) / (human - random)
     return float(ret) if _is_gymnasium_id(task) else float(ret) / 1000.0
 
@@ -120,7 +121,8 @@ def make_env(task, seed=0, obs="state", size=64, **options):
     task: a name of MT30 or MT80; a dm_control suite task as `domain-task` (the first '-' ends the domain, the
       others stand for '_', 'cup' is ball_in_cup: `point_mass-easy`, `finger-turn-hard`); or a registered
       gymnasium id with a continuous Box action space (`Pendulum-v1`; `module:Id-v0` imports `module`).
-      Or an Atari game of ATARI26 by its bare name, with 18 discrete actions and obs="pixels" (see _Atari).
+      Or an Atari game of ATARI26 by its bare name, with 18 discrete actions and obs="pixels" (see _Atari);
+      `Breakout@m4d1` is the game in the ALE's mode 4 and difficulty 1.
     seed: of the first reset; `reset(seed=s)` fixes all that is random in an episode.
     obs: "state" gives float32 (O,); "pixels" gives uint8 (size, size, 3) and needs OpenGL.
     options: of Atari: sticky, life_loss, noop, frame_cap; of Meta-World: camera, repeat, length.
@@ -134,9 +136,10 @@ def make_env(task, seed=0, obs="state", size=64, **options):
     or (while stepping) a number that is not finite."""
     if obs not in ("state", "pixels"):
         raise SystemExit(f"make_env got obs={obs!r}; expected 'state' or 'pixels'")
-    if obs == "pixels" and task not in ATARI26:   # an emulator draws without OpenGL
+    atari = task.partition("@")[0] in ATARI26
+    if obs == "pixels" and not atari:             # an emulator draws without OpenGL
         choose_gl()
-    if task in ATARI26:
+    if atari:
         return _Atari(task, seed, obs, size, **options)
     if task.startswith("mw-"):
         return _MetaWorld(task, seed, obs, size, **options)
@@ -380,7 +383,8 @@ class _Atari(gymnasium.Env):
         except ImportError as error:
             raise SystemExit(f"{task} needs the Arcade Learning Environment, which cannot be imported ({error}); "
                              "pip install ale-py==0.12.1") from None
-        snake = "".join("_" + c.lower() if c.isupper() else c for c in task)[1:]
+        game, _, variant = task.partition("@")
+        snake = "".join("_" + c.lower() if c.isupper() else c for c in game)[1:]
         try:
             self._rom = roms.get_rom_path(snake)
         except Exception:                         # noqa: BLE001 (a broken installation may raise anything)
@@ -393,7 +397,15 @@ class _Atari(gymnasium.Env):
         self._env.setInt("max_num_frames_per_episode", 0)
         self.task, self.t, self._first_seed, self._size = task, 0, seed, size
         self._life_loss, self._noop, self._cap = life_loss, noop, frame_cap
+        self._variant = None
         self._load(seed)
+        if variant:
+            has = [[str(n) for n in f()] for f in (self._env.getAvailableModes, self._env.getAvailableDifficulties)]
+            asked = re.fullmatch(r"m(\d+)d(\d+)", variant)
+            if not asked or any(n not in known for n, known in zip(asked.groups(), has)):
+                raise SystemExit(f"{task}: expected {game}@m<mode>d<difficulty> with a mode of {', '.join(has[0])} and "
+                                 f"a difficulty of {', '.join(has[1])}")
+            self._variant = [int(n) for n in asked.groups()]
         full = self._env.getLegalActionSet()
         self.legal = [full.index(a) for a in self._env.getMinimalActionSet()]
         self._actions, self._areas = full, [_areas(n, size) for n in (210, 160)]
@@ -404,6 +416,9 @@ class _Atari(gymnasium.Env):
     def _load(self, seed):                        # the ALE takes a seed only while it loads a game
         self._env.setInt("random_seed", seed % 2**31)
         self._env.loadROM(self._rom)
+        if self._variant:
+            self._env.setMode(self._variant[0])
+            self._env.setDifficulty(self._variant[1])
 
     def reset(self, *, seed=None, options=None):
         """Start an episode -> obs, info. The same seed and actions give the same episode."""

@@ -11,6 +11,7 @@ STORM (arXiv 2310.09615), `--storm`.
                                                          # reconstruction loss from 3,000 to 25
     python mow.py --task Boxing --storm                  # the single-task baseline
     python mow.py --task atari26 --cluster-only          # only: which of the 26 games are alike?
+    torchrun --nproc-per-node 4 mow.py --task atari26    # four GPUs: each takes a quarter of every batch
 
 Copy me together with envs.py and data.py. Shapes: K tasks, B sequences, L steps, C context, H horizon, I imagined
 roll-outs, R environments or rows, Z = groups x classes of the latent z, D width of h, A actions, E embedding, n experts
@@ -38,9 +39,11 @@ Deviations and choices:
 12. GroupNorm instead of BatchNorm for more than one task: batch statistics would mix the tasks of a cluster.
 13. On a CPU sizes, batches and budgets are smaller and learning rates higher (--preset smoke, printed at the start).
 """
+import contextlib
 import copy
 import csv
 import difflib
+import functools
 import io
 import json
 import math
@@ -51,11 +54,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -67,7 +72,8 @@ from envs import ATARI26, ATARI_SCORES, METAWORLD50, MT10, Fleet, score
 @dataclass
 class Args:
     task: str = "Boxing,Krull,RoadRunner"
-    """tasks: Atari games and Meta-World tasks (mw-reach) with commas between, or a set: atari26, mt10, mt50"""
+    """tasks: Atari games and Meta-World tasks (mw-reach) with commas between, or a set: atari26, mt10, mt50;
+    Boxing@m0d1 is a game in another mode and difficulty"""
     seed: int = 1
     """of networks, data and everything random"""
     storm: bool = False
@@ -88,8 +94,10 @@ class Args:
     """with --checkpoint: only play the agent"""
     cluster_only: bool = False
     """only warm-up and clustering, for --seeds seeds: silhouette, adjusted Rand index between seeds"""
-    experiment: Literal["clusters", "experts", "monolith", "cost"] | None = None
-    """a study instead of a run: number of clusters, experts and losses, one big model, or the time of an update"""
+    experiment: Literal["clusters", "experts", "monolith", "transfer", "tokens", "fidelity", "cost"] | None = None
+    """a study instead of a run: number of clusters, experts and losses, one big model, what a model of all tasks but
+    the last one gains on that last one (Boxing,Krull,Boxing@m0d1: a near one), experts per token instead of per task,
+    image quality against the noise of the actor's gradient, or the time of an update"""
     seeds: int = 3
     """seeds of --cluster-only and --experiment: seed, seed + 1, .."""
     capture_video: bool = False
@@ -170,6 +178,14 @@ class Args:
     """of the convolutions: BatchNorm (default for one task) or GroupNorm"""
 
     # method
+    routing: Literal["task", "token"] = "task"
+    """who is given experts: a task (the paper), or every token one, by what it holds; all experts then compute"""
+    segment: int = 1
+    """--routing token: so many tokens in a row keep the expert of the first"""
+    switch_coef: float = 0.0
+    """--routing token: weight of the total variation between the router's scores for neighbouring tokens"""
+    prior_coef: float = 0.0
+    """--routing token: weight of the KL from the router's scores for a token to those for its task"""
     gate: Literal["st", "none"] = "st"
     """how the router learns from the world-model loss: straight-through weights, or not at all"""
     harmony: Literal["closed", "adam", "off"] = "closed"
@@ -502,15 +518,17 @@ class WorldModel(nn.Module):
     """
 
     def __init__(self, K, A, clusters, experts, topk, emb, stem, latents, classes, width, heads, expert_layers,
-                 shared_layers, hidden, norm, max_len=64, dropout=0.1):
+                 shared_layers, hidden, norm, segment=0, max_len=64, dropout=0.1):
+        """segment: of routing per token, 0 for routing per task."""
         super().__init__()
         Z, N = latents * classes, clusters
-        self.latents, self.topk = latents, topk
+        self.latents, self.topk, self.segment, self.active = latents, topk, segment, experts if segment else topk
         self.e = nn.Parameter(torch.randn(K, emb))
         self.vaes = nn.ModuleList(VAE(stem, Z, emb, norm) for _ in range(clusters))
         self.mix, self.mix_norm = Stack(experts, Z + A + emb, width, bias=False), StackNorm(experts, width)
         self.mix_out, self.mix_out_norm = Stack(experts, width, width, bias=False), StackNorm(experts, width)
         self.router = nn.Sequential(nn.Linear(emb, 64), nn.ReLU(), nn.Linear(64, experts)) if experts > 1 else None
+        self.token_router = nn.Linear(Z + A, experts) if segment else None
         self.experts = Transformer(experts, width, heads, expert_layers, dropout, max_len)
         self.join = nn.Linear(topk * width + emb, width) if shared_layers or topk > 1 else None
         self.shared = Transformer(1, width, heads, shared_layers, dropout) if shared_layers else None
@@ -531,10 +549,21 @@ class WorldModel(nn.Module):
         return F.normalize(self.e if task is None else self.e[task], dim=-1)
 
     def routing(self, e, tau=1.0, noise=0.0):
-        """route() with this model's router: S (K, N_experts), J (K, n), w (K, n)."""
+        """route() with this model's router: S (K, N_experts), J (K, n), w (K, n). Per token all experts are active."""
         if self.router is None:
             return e.new_ones(len(e), 1), self.zero.expand(len(e), 1), e.new_ones(len(e), 1)
-        return route(e, self.router, self.topk, tau, noise)
+        S, J, w = route(e, self.router, self.active, tau, noise)
+        return S, J, torch.ones_like(w) if self.segment else w
+
+    def token_scores(self, z, act, e):
+        """Routing per token: softmax (K, B, L, N_experts) of the task's logits and those of z (K, B, L, Z) and act."""
+        logits = self.router(e)[:, None, None] + self.token_router(torch.cat([z, act], -1))
+        return logits.float().softmax(-1)
+
+    def held(self, scores, pos):
+        """What each of the tokens at positions pos (L,) is routed by: the scores (.., T, N_experts) of all positions
+        where its segment begins."""
+        return scores[:, :, pos - pos % self.segment]
 
     def perceive(self, method, x, e, task=None):
         """Every cluster's VAE on the frames of its own tasks: x (K, R, ..), e (K, E) -> (K, R, ..)."""
@@ -558,7 +587,7 @@ class WorldModel(nn.Module):
         """(K, B, L, Z) -> images (K, B, L, 3, 64, 64)."""
         return self.perceive("decode", z.flatten(1, 2), e, task).unflatten(1, z.shape[1:3]).float()
 
-    def sequence(self, z, act, e, J, gate, mask, pos, cache=(None, None)):
+    def sequence(self, z, act, e, J, gate, mask, pos, cache=(None, None, None)):
         """h (K, B, L, D) from z (K, B, L, Z) and act (K, B, L, A) at positions pos (L,); mask (K, B, L, T)."""
         K, B, L, _ = z.shape
         n, which, at = J.shape[1], J.flatten(), e[:, None, None].expand(K, B, L, -1)
@@ -566,7 +595,14 @@ class WorldModel(nn.Module):
         x = F.relu(self.mix_norm(self.mix(x, which), which))
         x = self.mix_out_norm(self.mix_out(x, which), which).view(K * n, B, L, -1)
         x = self.experts(x, which, mask.repeat_interleave(n, 0), pos, cache[0])
-        x = (x * gate.reshape(K * n, 1, 1, 1)).view(K, n, B, L, -1).permute(0, 2, 3, 1, 4).flatten(3)  # (K, B, L, n*D)
+        x = (x * gate.reshape(K * n, 1, 1, 1)).view(K, n, B, L, -1).permute(0, 2, 3, 1, 4)             # (K, B, L, n, D)
+        if self.segment:
+            p = self.token_scores(z, act, e)
+            p = self.held(p if cache[2] is None else cache[2].index_copy_(2, pos, p.to(cache[2].dtype)), pos)
+            best = F.one_hot(p.argmax(-1), n).to(p.dtype)
+            x = (x * (best + p - p.detach())[..., None]).sum(3)                        # one's; p learns from all
+        else:
+            x = x.flatten(3)
         if self.join is not None:
             x = self.join(torch.cat([x, at], -1))
         if self.shared is not None:
@@ -584,9 +620,10 @@ class WorldModel(nn.Module):
         return unimix(self.head(self.prior_head, h, e, task).unflatten(-1, (self.latents, -1)))
 
     def new_cache(self, K, R, T, x):
-        """Empty caches of experts and shared Transformer for K tasks of R sequences of T steps."""
-        return (self.experts.new_cache(K * self.topk * R, T, x),
-                None if self.shared is None else self.shared.new_cache(K * R, T, x))
+        """Empty caches of experts, shared Transformer and routing per token for K tasks of R sequences of T steps."""
+        return (self.experts.new_cache(K * self.active * R, T, x),
+                None if self.shared is None else self.shared.new_cache(K * R, T, x),
+                x.new_zeros(K, R, T, self.active) if self.segment else None)
 
 
 class Actor(nn.Module):
@@ -645,10 +682,12 @@ def episode_mask(first, pos, reset_mask=True):
     return past & (part[:, :, pos, None] == part[:, :, None])
 
 
-def world_model_loss(wm, obs, act, rew, term, first, tau, noise, gate="st", reset_mask=True, task=None):
+def world_model_loss(wm, obs, act, rew, term, first, tau, noise, gate="st", reset_mask=True, task=None,
+                     average=lambda x: x):
     """STORM's loss terms and the task loss, one number per task (K,): {name: (K,)}, and what else came of it.
 
-    obs uint8 (K, B, L, 64, 64, 3), act (K, B, L, A), rew, term, first (K, B, L)."""
+    obs uint8 (K, B, L, 64, 64, 3), act (K, B, L, A), rew, term, first (K, B, L). average: over the processes that
+    share a batch."""
     K, B, L = rew.shape
     e = wm.embedding(task)
     S, J, w = wm.routing(e, tau, noise)
@@ -660,8 +699,10 @@ def world_model_loss(wm, obs, act, rew, term, first, tau, noise, gate="st", rese
     prior = wm.prior(h, e, task)
     follows = ~first[:, :, 1:] if reset_mask else torch.ones_like(first[:, :, 1:])
 
+    pairs = average(follows.sum((1, 2)).float()).clamp(min=1)
+
     def mean_kl(p, q):  # over the pairs (t, t+1) of one episode
-        return (kl(p[:, :, 1:], q[:, :, :-1]) * follows).sum((1, 2)) / follows.sum((1, 2)).clamp(min=1)
+        return average((kl(p[:, :, 1:], q[:, :, :-1]) * follows).sum((1, 2)) / pairs)
 
     dyn, rep = mean_kl(post.detach(), prior), mean_kl(post, prior.detach())
     losses = {
@@ -672,6 +713,11 @@ def world_model_loss(wm, obs, act, rew, term, first, tau, noise, gate="st", rese
         # one free nat for each task, not for the mean of all: easy tasks would hide the hard ones
         "dyn": dyn.clamp(min=1), "rep": rep.clamp(min=1)}
     more = {"z": z.detach(), "scores": S, "J": J, "dyn_raw": dyn.detach()}
+    if wm.segment:
+        p = wm.held(wm.token_scores(z.detach(), act, e), pos)                          # (K, B, L, N_experts)
+        best, surprise = p.argmax(-1), p.clamp(min=1e-8).log() - S[:, None, None].clamp(min=1e-8).log()
+        more |= {"scores": p.mean((1, 2)), "switch": p.diff(dim=2).abs().sum(-1).mean((1, 2)) / 2,
+                 "prior": (p * surprise).sum(-1).mean((1, 2)), "switch_rate": best.diff().ne(0).float().mean((1, 2))}
     if wm.task_head is not None:
         ids = torch.arange(K, device=rew.device) if task is None else torch.tensor(task, device=rew.device)
         logits = wm.task_head(h).float().movedim(-1, 1)                                # (K, tasks, B, L)
@@ -772,11 +818,14 @@ class Agent:
         # the actor learns on h of C to C + H steps: one of a longer past would have positions that it has never seen
         self.window = min(WINDOW, args.context + args.horizon // 2)
         self.args, self.device, self.K, self.A, self.updates = args, device, K, A, 0
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.average = over_ranks if self.world > 1 else lambda x: x
         torch.manual_seed(args.seed)
         self.wm = WorldModel(
             K, A, args.clusters, args.experts, args.topk, args.emb, args.stem, args.latents, args.classes, args.width,
             args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm,
-            max_len=max(args.length, args.context + args.horizon + 1, WINDOW)).to(device)
+            args.segment if args.routing == "token" else 0,
+            max(args.length, args.context + args.horizon + 1, WINDOW)).to(device)
         self.wm.vaes.to(memory_format=torch.channels_last)  # of images and kernels: faster convolutions
         self.Z = args.latents * args.classes
         i = self.Z + args.width + args.emb
@@ -794,6 +843,13 @@ class Agent:
         self.world_loss, self.imagine_step, self.agent_loss, self.act = (
             compiler(f) for f in (world_model_loss, imagine_step, agent_loss, act))
 
+    def average_gradients(self, params):
+        """Over the processes of torchrun, as one message."""
+        if self.world > 1:
+            grads = [p.grad for p in params if p.grad is not None]
+            means = over_ranks(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [mean.view_as(g) for mean, g in zip(means, grads)])
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
@@ -802,27 +858,35 @@ class Agent:
         tau = max(1.0, self.args.tau - (self.args.tau - 1) * self.updates / self.anneal)
         return torch.tensor(tau, device=self.device)
 
-    def update_world(self, batch):
-        """One step of the world model on obs, act, rew, term, first -> per-task losses, and latents for imagination."""
-        a, tau = self.args, self.temperature()
+    def update_world(self, batch, task=None):
+        """One step of the world model on obs, act, rew, term, first of all tasks, or of the list `task` -> per-task
+        losses, and latents for imagination."""
+        a, tau, at = self.args, self.temperature(), slice(None) if task is None else task
         self.wm.train()
         with self.autocast():
-            losses, more = self.world_loss(self.wm, *batch, tau, (tau - 1) / 4, a.gate, a.reset_mask)
+            losses, more = self.world_loss(self.wm, *batch, tau, (tau - 1) / 4, a.gate, a.reset_mask, task,
+                                           self.average)
+        losses = dict(zip(losses, self.average(torch.stack([*losses.values()]))))
         per_task = total_loss(losses, a.task_coef)
-        self.mean_loss = torch.where(self.mean_loss.isnan(), per_task, self.mean_loss.lerp(per_task, 0.01)).detach()
+        mean, now = self.mean_loss[at], per_task.detach()
+        self.mean_loss[at] = mean = torch.where(mean.isnan(), now, mean.lerp(now, 0.01))
         if a.harmony == "closed":
-            loss = (per_task / best_sigma(self.mean_loss)).sum()
+            loss = (per_task / best_sigma(mean)).sum()
         elif a.harmony == "adam":
-            loss = (per_task / self.sigma.exp() + self.sigma.exp().log1p()).sum()
+            sigma = self.sigma[at].exp()
+            loss = (per_task / sigma + sigma.log1p()).sum()
         else:
             loss = per_task.sum()
         loss = loss + a.balance * balance_loss(more["scores"], a.topk)
+        if a.routing == "token":
+            loss = loss + (a.switch_coef * more["switch"] + a.prior_coef * more["prior"]).sum()
         self.opt.zero_grad(set_to_none=True)
         loss.backward()
+        self.average_gradients([*self.wm.parameters(), self.sigma])
         norm = nn.utils.clip_grad_norm_(self.wm.parameters(), 1000.0)
         self.opt.step()
         self.updates += 1
-        return {k: v.detach() for k, v in losses.items()} | {"grad_norm": norm} | more
+        return {k: v.detach() for k, v in (losses | more).items()} | {"grad_norm": norm}
 
     def update_agent(self, z, act, first, I, generator):
         """One step of actor and critics on I roll-outs per task that start in windows of z (K, B, L, Z)."""
@@ -839,28 +903,36 @@ class Agent:
             loss, self.low, self.high, metrics = self.agent_loss(
                 self.actor, self.critic, self.slow, self.wm.cluster_of, *rolled, self.low, self.high, a.gamma, a.lam,
                 a.entropy, a.lambda_compat)
+        self.low, self.high = self.average(torch.stack([self.low, self.high]))  # percentiles of parts, averaged
         self.agent_opt.zero_grad(set_to_none=True)
         loss.backward()
+        self.average_gradients(self.agent_params)
         metrics["agent_grad_norm"] = nn.utils.clip_grad_norm_(self.agent_params, 100.0)
         self.agent_opt.step()
         torch._foreach_lerp_(list(self.slow.parameters()), list(self.critic.parameters()), 0.02)
         return metrics
 
-    def update(self, frames, learn_to_act=True):
-        """One update on a fresh batch of `frames`; what is random depends on the seed and the number of the update."""
+    def update(self, frames, learn_to_act=True, task=None):
+        """One update on a fresh batch of `frames`; what is random depends on the seed and the number of the update.
+        task: a list of tasks, for the world model alone. Every process of torchrun draws the same batch, keeps its
+        share of the sequences and has noise of its own."""
         a, seed = self.args, [self.args.seed, 1, self.updates]
-        torch.manual_seed(draw_seed(*seed))
+        torch.manual_seed(draw_seed(*seed, self.rank))
         rng = np.random.default_rng(seed)
-        batch = frames.sample(a.batch, a.length, rng, self.device)
-        metrics = self.update_world(batch)
+
+        def share(B, L):
+            return [x[:, self.rank::self.world] for x in frames.sample(B, L, rng, self.device, task)]
+
+        batch = share(a.batch, a.length)
+        metrics = self.update_world(batch, task)
         z, act, first = metrics.pop("z"), batch[1], batch[4]
         if learn_to_act:
             if a.fresh_contexts:
-                obs, act, _, _, first = frames.sample(a.rollouts, a.context, rng, self.device)
+                obs, act, _, _, first = share(a.rollouts, a.context)
                 with torch.no_grad(), self.autocast():
                     z = sample_latent(self.wm.eval().posterior(to_images(obs), self.wm.embedding()))
-            generator = torch.Generator().manual_seed(draw_seed(*seed))
-            metrics |= self.update_agent(z, act, first, a.rollouts, generator)
+            generator = torch.Generator().manual_seed(draw_seed(*seed, self.rank))
+            metrics |= self.update_agent(z, act, first, a.rollouts // self.world, generator)
         return metrics
 
     def memory(self, R):
@@ -909,6 +981,21 @@ class Agent:
         self.mean_loss, self.low, self.high, self.updates = (state[k] for k in ("mean_loss", "low", "high", "updates"))
 
 
+def over_ranks(x):
+    """x averaged over the processes of torchrun, with the gradient of the own x: gradients are averaged later."""
+    mean = x.detach().clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size() + (x - x.detach())
+
+
+def from_first(x):
+    """What x is in the first process of torchrun."""
+    box = [x]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def draw_seed(*numbers):
     """One 63-bit seed out of several numbers. Random numbers that depend on (seed, step) alone need no saved state."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -952,7 +1039,7 @@ def random_actions(agent, rng):
 def find_clusters(agent, frames, note=print):
     """After the warm-up: cluster the tasks by their gradients, copy module 0 into every module -> what was found."""
     sim = task_similarity(grads := task_gradients(agent, frames))
-    labels = cluster_tasks(grads, agent.args.clusters)
+    labels = from_first(cluster_tasks(grads, agent.args.clusters))
     agent.spread(labels)
     found = {"labels": labels, "similarity": sim.round(4).tolist(), "silhouette": silhouette(sim, labels)}
     note(f"clusters {labels}, silhouette {found['silhouette']:.3f}")
@@ -1005,6 +1092,8 @@ class Player:
                 self.episode[k] += 1
                 self.ret[k] = self.success[k] = 0.0
                 self.memory[2][k] = 0
+        if self.agent.world > 1:
+            dist.barrier()
 
     def state(self):
         return {"memory": list(self.memory), "first": self.first, "finished": self.finished, "episode": self.episode,
@@ -1014,6 +1103,26 @@ class Player:
         self.frames.count = state["count"]
         for name in ("memory", "first", "finished", "episode", "ret", "success"):
             setattr(self, name, state[name])
+
+
+class Follower:
+    """The Player of the other processes of torchrun: waits until the first one has stored its step."""
+
+    def __init__(self, frames):
+        self.frames = frames
+
+    def begin(self):
+        pass
+
+    def send(self, sweep, random):
+        pass
+
+    def receive(self, sweep):
+        dist.barrier()
+        self.frames.count = sweep + 1
+
+    def load_state(self, state):
+        self.frames.count = state["count"]
 
 
 def env_action(agent, a):
@@ -1053,6 +1162,18 @@ def evaluate(agent, tasks, options, episodes, seed, video=None):
 
 
 # ---------------------------------------------------------------------------------------------------------- diagnosis
+def ssim(x, y):
+    """Structural similarity of images (.., H, W) in [0, 1], the mean over pixels: (..). Local means and variances are
+    weighted by a Gaussian of 1.5 pixels in windows of 11 that lie within the image (Wang et al., 2004)."""
+    g = torch.exp(-torch.linspace(-5, 5, 11, device=x.device).square() / (2 * 1.5**2))
+    g = g / g.sum()
+    rows, cols = (torch.stack([F.pad(g, (i, n - 11 - i)) for i in range(n - 10)]) for n in x.shape[-2:])
+    mx, my, xx, yy, xy = (rows @ m @ cols.T for m in (x, y, x * x, y * y, x * y))      # products are faster than conv2d
+    c1, c2 = 0.01**2, 0.03**2
+    alike = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
+    return (alike / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))).mean((-2, -1))
+
+
 @torch.no_grad()
 def open_loop(agent, batch, context):
     """Real, reconstructed and imagined images (K, B, L, 3, 64, 64) for real actions, of which only the first `context`
@@ -1074,7 +1195,8 @@ def open_loop(agent, batch, context):
 @torch.no_grad()
 def fidelity(agent, frames, since=0, batches=8):
     """How good the world model is per task, on the frames from row `since` on: PSNR of reconstructions and of open-loop
-    imagination, dynamics KL."""
+    imagination, SSIM of reconstructions, dynamics KL; how often the expert changes from token to token, and the mean
+    number of tokens that keep one."""
     a, rows = agent.args, []
     for i in range(batches):
         torch.manual_seed(draw_seed(a.seed, 7, i))
@@ -1083,9 +1205,13 @@ def fidelity(agent, frames, since=0, batches=8):
         losses, more = world_model_loss(agent.wm, *batch, agent.temperature(), 0.0, a.gate, a.reset_mask)
         psnr, dream = (-10 * (y - real).square().mean((-3, -2, -1)).clamp(min=1e-8).log10() for y in (rebuilt, dreamt))
         dream = dream[:, :, a.context:]
-        rows.append(torch.stack([psnr.mean((1, 2)), dream.mean((1, 2)), more["dyn_raw"], losses["rec"]]))
-    names = ("psnr", "open_loop_psnr", "dyn_kl", "rec")
-    return {name: x.tolist() for name, x in zip(names, torch.stack(rows).mean(0))}
+        rows.append(torch.stack([psnr.mean((1, 2)), ssim(rebuilt, real).mean((1, 2, 3)), dream.mean((1, 2)),
+                                 more["dyn_raw"], losses["rec"],
+                                 more.get("switch_rate", torch.zeros_like(more["dyn_raw"]))]))
+    names = ("psnr", "ssim", "open_loop_psnr", "dyn_kl", "rec", "switch_rate")
+    good = dict(zip(names, torch.stack(rows).mean(0)))
+    good["run_length"] = a.length / (1 + (a.length - 1) * good["switch_rate"])
+    return {name: x.tolist() for name, x in good.items()}
 
 
 @torch.no_grad()
@@ -1222,6 +1348,28 @@ def cells(run, names, work):
     return out
 
 
+def learn(agent, frames, until, run, phase, learn_to_act=False, task=None):
+    """Updates on `frames` until there were so many."""
+    log = Log(agent.args, agent, run, [])
+    while agent.updates < until:
+        metrics = agent.update(frames, learn_to_act, task)
+        if agent.updates % 50 == 0 or agent.updates in (1, 10):
+            log.note(metrics, frames.count, until - agent.updates, phase=phase)
+
+
+def first_test_row(frames):
+    """Studies test on the last fifth."""
+    return frames.count * 4 // 5
+
+
+@contextlib.contextmanager
+def training_part(frames):
+    """Hides the frames on which studies test."""
+    n, frames.count = frames.count, first_test_row(frames)
+    yield
+    frames.count = n
+
+
 def cluster_only(args, tasks, run):
     """Warm-up and clustering alone, for several seeds of data and networks: are clusters stable, and how long must the
     warm-up be? Silhouette and adjusted Rand index between seeds, and between half and all of the warm-up."""
@@ -1232,12 +1380,8 @@ def cluster_only(args, tasks, run):
         a = replace(args, seed=int(name))
         frames, legal = random_frames(a, tasks, run)
         agent, found = make_agent(a, tasks, legal, torch.device(a.device)), {}
-        log = Log(a, agent, run, [])
         for share in ("half", "all"):
-            while agent.updates < (a.warmup if share == "all" else a.warmup // 2):
-                metrics = agent.update(frames, learn_to_act=False)
-                if agent.updates % 50 == 0 or agent.updates in (1, 10):
-                    log.note(metrics, a.random_steps, a.warmup - agent.updates, phase=f"seed {name}")
+            learn(agent, frames, a.warmup if share == "all" else a.warmup // 2, run, f"seed {name}")
             grads = task_gradients(agent, frames)
             sim = task_similarity(grads)
             found[share] = {"similarity": sim.tolist(), "labels": {n: cluster_tasks(grads, n) for n in counts}}
@@ -1251,11 +1395,9 @@ def cluster_only(args, tasks, run):
         rows.append({"clusters": int(n), "silhouette": float(np.mean([f["all"]["silhouette"][n] for f in found])),
                      "ari_seeds": mean_ari([(p, q) for i, p in enumerate(labels) for q in labels[:i]]),
                      "ari_half_warmup": mean_ari([(f["half"]["labels"][n], f["all"]["labels"][n]) for f in found])})
-    print(f"\n{'clusters':>8}{'silhouette':>12}{'ARI, seeds':>12}{'ARI, half the warm-up':>23}   ({len(found)} seeds, "
-          f"{args.warmup} updates)")
-    for r in rows:
-        print(f"{r['clusters']:8}{r['silhouette']:12.3f}" + "".join(
-            f"{'-' if r[x] is None else f'{r[x]:.3f}':>{w}}" for x, w in (("ari_seeds", 12), ("ari_half_warmup", 23))))
+    show(f"{len(found)} seeds, {args.warmup} updates", rows,
+         {"clusters": "clusters", "silhouette": "silhouette", "ari_seeds": "ARI of seeds",
+          "ari_half_warmup": "ARI, half the warm-up"})
     write_csv(run.dir / "results.csv", rows)
     labels = found[0]["all"]["labels"][str(args.clusters)]
     sim = np.mean([f["all"]["similarity"] for f in found], 0)
@@ -1280,6 +1422,12 @@ def study_cells(args, K, A):
         return ({f"experts{n}": dict(experts=n) for n in (3, 6, 12)}
                 | {"no_balance": dict(balance=0.0), "gate_none": dict(gate="none"), "no_shared": dict(shared_layers=0),
                    "no_task_loss": dict(task_coef=0.0), "harmony_off": dict(harmony="off")})
+    if args.experiment == "tokens":
+        task = dict(experts=4, topk=1, routing="task", segment=1, switch_coef=0.0, prior_coef=0.0)
+        token = task | dict(routing="token")
+        return {"task": task, "token": token, "segment8": token | dict(segment=8),
+                "segment16": token | dict(segment=16), "switch_penalty": token | dict(switch_coef=0.1),
+                "task_prior": token | dict(prior_coef=0.1)}
     one = dict(clusters=1, experts=1, topk=1)  # monoliths: widen the Transformers until parameters or products agree
     widths = [args.heads * i for i in range(1, 1 + 16 * args.width // args.heads)]
 
@@ -1293,55 +1441,238 @@ def study_cells(args, K, A):
 
 
 def compare(args, tasks, run):
-    """--experiment clusters, experts, monolith: world models on the same random play, judged on its last fifth. Every
-    cell has the same number of updates; no agent is trained."""
-    data, rows = {}, []
+    """--experiment clusters, experts, monolith, tokens: world models on the same random play, judged on its last fifth.
+    Every cell has the same number of updates; no agent is trained."""
+    played = functools.lru_cache(maxsize=1)(lambda seed: random_frames(replace(args, seed=seed), tasks, run))
 
     def work(name):
         variant, seed = name.rsplit("_s", 1)
-        a = replace(args, seed=int(seed))
-        if seed not in data:
-            data.clear()
-            data[seed] = random_frames(a, tasks, run)
-        frames, legal = data[seed]
-        a = replace(a, **variants[variant])
-        agent, n = make_agent(a, tasks, legal, torch.device(a.device)), args.random_steps
-        frames.count, total = n * 4 // 5, total_updates(a)
-        log = Log(a, agent, run, [])
-        while agent.updates < total:
-            if agent.updates == a.warmup and a.clusters > 1:
-                if "random" in name:
-                    agent.spread(np.random.default_rng(int(seed)).permutation(np.arange(len(tasks)) % a.clusters))
-                else:
-                    find_clusters(agent, frames)
-            metrics = agent.update(frames, learn_to_act=False)
-            if agent.updates % 100 == 0:
-                log.note(metrics, n, total - agent.updates, phase=name)
-        frames.count = n
-        return fidelity(agent, frames, n * 4 // 5) | routing_facts(agent) | {
+        frames, legal = played(int(seed))
+        a = replace(args, seed=int(seed), **variants[variant])
+        agent = make_agent(a, tasks, legal, torch.device(a.device))
+        with training_part(frames):
+            learn(agent, frames, a.warmup, run, name)
+            if "random" in name:
+                agent.spread(np.random.default_rng(int(seed)).permutation(np.arange(len(tasks)) % a.clusters))
+            elif a.clusters > 1:
+                find_clusters(agent, frames)
+            learn(agent, frames, total_updates(a), run, name)
+        facts = {} if args.experiment == "tokens" else routing_facts(agent)
+        return fidelity(agent, frames, first_test_row(frames)) | facts | {
             "variant": variant, "labels": list(agent.wm.labels), "drop_one": drop_one(agent, frames),
             "parameters": sum(p.numel() for p in agent.wm.parameters()),
             "products": sum(products(a, agent.A).values())}
 
-    A = (18 if any(t in ATARI26 for t in tasks) else 0) + (4 if any(t in METAWORLD50 for t in tasks) else 0)
+    A = (18 if any(t not in METAWORLD50 for t in tasks) else 0) + (4 if any(t in METAWORLD50 for t in tasks) else 0)
     variants = study_cells(args, len(tasks), A)
     found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in variants], work)
-    for v in variants:
-        mine = [f for f in found.values() if f["variant"] == v]
-        row = {"variant": v, "parameters": mine[0]["parameters"], "products_per_frame": mine[0]["products"]}
-        for x in ("psnr", "open_loop_psnr", "dyn_kl", "usage_entropy", "dead_experts", "mutual_information"):
-            values = [float(np.mean(f[x])) for f in mine]
-            row |= {x: float(np.mean(values)), f"{x}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-        rows.append(row)
+    own = ({"switch_rate": "switch rate", "run_length": "run length"} if args.experiment == "tokens" else
+           {"dead_experts": "dead", "mutual_information": "I(task;expert)", "usage_entropy": "usage entropy"})
+    rows = over_seeds(found, ("psnr", "ssim", "open_loop_psnr", "dyn_kl", *own), ("parameters", "products"))
     write_csv(run.dir / "results.csv", rows)
-    print(f"\n{args.experiment}, {args.seeds} seeds, {total_updates(args)} updates, held-out random play")
-    print(f"{'variant':22}{'parameters':>12}{'PSNR':>8}{'open loop':>11}{'+-':>6}{'KL':>7}{'dead':>6}"
-          f"{'I(task;expert)':>16}")
-    for r in rows:
-        sd = "-" if r["open_loop_psnr_sd"] is None else f"{r['open_loop_psnr_sd']:.2f}"
-        print(f"{r['variant']:22}{r['parameters']:12,}{r['psnr']:8.2f}{r['open_loop_psnr']:11.2f}{sd:>6}"
-              f"{r['dyn_kl']:7.3f}{r['dead_experts']:6.1f}{r['mutual_information']:16.3f}")
+    show(f"{args.experiment}, {args.seeds} seeds, {total_updates(args)} updates, held-out random play", rows,
+         {"variant": "variant", "parameters": "parameters", "psnr": "PSNR", "ssim": "SSIM",
+          "open_loop_psnr": "open loop", "open_loop_psnr_sd": "+-", "dyn_kl": "KL", **own})
     return {"args": asdict(args), "rows": rows, "cells": found}
+
+
+def show(title, rows, columns):
+    """Print the columns {key: heading} of a study's table."""
+    print(f"\n{title}")
+    text = [list(columns.values())] + [[x if isinstance(x, str) else cell(x, 0, 0 if isinstance(x, int) else 3)
+                                        for x in (r[key] for key in columns)] for r in rows]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    for line in text:
+        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths))))
+
+
+def over_seeds(found, numbers, same=()):
+    """A row per variant of the cells `found`: mean over tasks and seeds and standard deviation over seeds of `numbers`
+    (None if one seed has none), and what is the `same` for all seeds."""
+    rows = []
+    for v in dict.fromkeys(f["variant"] for f in found.values()):
+        mine = [f for f in found.values() if f["variant"] == v]
+        row = {"variant": v} | {x: mine[0][x] for x in same}
+        for x in numbers:
+            values = [] if any(f[x] is None for f in mine) else [float(np.mean(f[x])) for f in mine]
+            row |= {x: float(np.mean(values)) if values else None,
+                    f"{x}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+        rows.append(row)
+    return rows
+
+
+FROZEN = {  # variants of --experiment transfer: parts of the world model that do not learn the new task
+    "scratch": (), "all": (), "freeze_experts": ("mix", "experts"), "freeze_vae": ("vaes",),
+    "new_cluster": ("mix", "experts", "router", "token_router", "join", "shared")}
+
+
+def transfer(args, tasks, run):
+    """--experiment transfer: a world model of all tasks but the last learns that last, new task. Measured on held-out
+    random play of both: losses of the world model, not returns.
+
+    The new task gets an embedding and joins the old cluster whose modules fit it best; all of the model learns, or all
+    but the experts, or all but the VAE. new_cluster: modules of its own, as they were after the warm-up, while all that
+    tasks share is frozen. scratch: the same sizes, never trained on the old tasks."""
+    new, total = len(tasks) - 1, total_updates(args)
+    old, budget = list(range(new)), total // 2
+    args = replace(args, clusters=min(args.clusters, new) + 1)  # the last is for the new task
+
+    @functools.lru_cache(maxsize=1)
+    def pretrained(seed):
+        """Random play of all tasks, the model of the old ones and the cluster for the new one."""
+        a = replace(args, seed=seed)
+        frames, legal = random_frames(a, tasks, run)
+        agent, spare = make_agent(a, tasks, legal, torch.device(a.device)), a.clusters - 1
+        with training_part(frames):
+            learn(agent, frames, a.warmup, run, f"old tasks, seed {a.seed}", task=old)
+            agent.spread(cluster_tasks(task_gradients(agent, frames)[old], spare) + [spare])
+            learn(agent, frames, total, run, f"old tasks, seed {a.seed}", task=old)
+            labels, fit = agent.wm.labels[:new], []
+            for c in range(spare):
+                agent.wm.assign([*labels, c])
+                fit += held_out_loss(agent, frames, [new])
+        return frames, legal, agent.wm.state_dict(), [*labels, int(np.argmin(fit))]
+
+    def work(name):
+        variant, seed = name.rsplit("_s", 1)
+        frames, legal, model, labels = pretrained(int(seed))
+        a = replace(args, seed=int(seed), balance=0.0, task_coef=0.0)  # terms that compare tasks
+        agent = make_agent(a, tasks, legal, torch.device(a.device))
+        if variant != "scratch":
+            agent.wm.load_state_dict(model)
+            agent.updates = total  # the router's temperature has fallen
+        agent.wm.assign(labels[:new] + [a.clusters - 1 if variant == "new_cluster" else labels[new]])
+        for part, p in agent.wm.named_parameters():
+            p.requires_grad_(not part.startswith(FROZEN[variant]))
+        steps, curve, test = np.linspace(0, budget, 11).round().astype(int).tolist(), [], first_test_row(frames)
+        before, start = held_out_loss(agent, frames, old, test), agent.updates
+        for step in steps:
+            with training_part(frames):
+                learn(agent, frames, start + step, run, name, task=[new])
+            curve += held_out_loss(agent, frames, [new], test)
+        forgot = np.array(held_out_loss(agent, frames, old, test)) / before - 1
+        good = {x: v[new] for x, v in fidelity(agent, frames, test).items()}
+        return good | {"variant": variant, "seed": int(seed), "updates": steps, "loss": curve,
+                       "forgetting": None if variant == "scratch" else forgot.tolist(), "cluster": agent.wm.labels[new]}
+
+    found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in FROZEN], work)
+    for f in found.values():
+        scratch = found[f"scratch_s{f['seed']}"]["loss"]
+        reached = [u for u, x in zip(f["updates"], f["loss"]) if x <= scratch[-1]]
+        f |= {"zero_shot": f["loss"][0], "final": f["loss"][-1], "auc_ratio": sum(f["loss"][1:]) / sum(scratch[1:]),
+              "until_scratch": reached[0] / budget if reached else None}
+    rows = over_seeds(found, ("zero_shot", "final", "auc_ratio", "until_scratch", "psnr", "ssim", "open_loop_psnr",
+                              "dyn_kl", "forgetting"))
+    write_csv(run.dir / "results.csv", rows)
+    plot_transfer(found, tasks[new], run.dir / "transfer.png")
+    show(f"{tasks[new]} after {', '.join(tasks[:new])}: {args.seeds} seeds, {total} updates before, {budget} on the "
+         "new task; held-out random play. Until scratch: share of the updates until as good as scratch's end", rows,
+         {"variant": "variant", "zero_shot": "first loss", "final": "last loss", "auc_ratio": "area / scratch",
+          "auc_ratio_sd": "+-", "until_scratch": "until scratch", "open_loop_psnr": "open loop", "ssim": "SSIM",
+          "dyn_kl": "KL", "forgetting": "change of old tasks"})
+    return {"args": asdict(args), "rows": rows, "cells": found}
+
+
+@torch.no_grad()
+def held_out_loss(agent, frames, task, since=0, batches=8):
+    """L_k of the tasks in the list, on the frames from row `since` on."""
+    a, out = agent.args, []
+    for i in range(batches):
+        torch.manual_seed(draw_seed(a.seed, 9, i))
+        batch = frames.sample(a.batch, a.length, np.random.default_rng([a.seed, 9, i]), agent.device, task, since)
+        losses, _ = world_model_loss(agent.wm.eval(), *batch, agent.temperature(), 0.0, a.gate, a.reset_mask, task)
+        out.append(total_loss(losses, a.task_coef))
+    return torch.stack(out).mean(0).tolist()
+
+
+def plot_transfer(found, task, path):
+    """Held-out loss on the new task over updates, mean over seeds."""
+    fig, axes = figure(6, 4)
+    for variant in FROZEN:
+        mine = [f for f in found.values() if f["variant"] == variant]
+        axes[0, 0].semilogy(mine[0]["updates"], np.mean([f["loss"] for f in mine], 0), label=variant, marker=".",
+                            ls="--" if variant.startswith("freeze") else "-")
+    axes[0, 0].set(xlabel=f"updates on {task}", ylabel="held-out loss of the world model")
+    axes[0, 0].legend(fontsize=8)
+    fig.savefig(path, dpi=120)
+
+
+def sharpness(args, tasks, run):
+    """--experiment fidelity: does a sharper VAE give the actor a steadier gradient? One VAE for all tasks, its width
+    and its latents vary, the dynamics do not; world model, actor and critic learn on random play. At five checkpoints,
+    per task: PSNR and SSIM of held-out reconstructions, and the gradient's noise in imagination."""
+    played = functools.lru_cache(maxsize=1)(lambda seed: random_frames(replace(args, seed=seed), tasks, run))
+    c, n = args.stem, args.latents
+    variants = ({f"stem{i}": dict(stem=i) for i in (c // 2, c, 2 * c)}
+                | {f"latents{i}": dict(latents=i, classes=i) for i in (n // 2, 2 * n)})
+
+    def work(name):
+        variant, seed = name.rsplit("_s", 1)
+        frames, legal = played(int(seed))
+        a, points, test = replace(args, seed=int(seed), clusters=1, **variants[variant]), [], first_test_row(frames)
+        agent = make_agent(a, tasks, legal, torch.device(a.device))
+        for i in range(1, 6):
+            with training_part(frames):
+                learn(agent, frames, total_updates(a) * i // 5, run, name, learn_to_act=True)
+            points.append(fidelity(agent, frames, test) | {"noise": gradient_noise(agent, frames, test)})
+        return {"variant": variant, "points": points} | {x: points[-1][x] for x in ("psnr", "ssim", "noise")}
+
+    found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in variants], work)
+    rows = over_seeds(found, ("psnr", "ssim", "noise"))
+    rows.append(dict.fromkeys(rows[0]) | {"variant": "all together"})
+    for row in rows:
+        mine = [p for f in found.values() if row["variant"] in (f["variant"], "all together") for p in f["points"]]
+        for x in ("psnr", "ssim"):
+            row[f"rho_{x}"] = rank_correlation([p[x] for p in mine], [p["noise"] for p in mine])
+    write_csv(run.dir / "results.csv", rows)
+    plot_sharpness(found, run.dir / "fidelity.png")
+    show(f"fidelity, {args.seeds} seeds, {total_updates(args)} updates; noise of the actor's gradient and its rank "
+         "correlation with PSNR and SSIM over tasks, checkpoints and seeds", rows,
+         {"variant": "variant", "psnr": "PSNR", "ssim": "SSIM", "noise": "noise", "noise_sd": "+-",
+          "rho_psnr": "rho with PSNR", "rho_ssim": "rho with SSIM"})
+    return {"args": asdict(args), "rows": rows, "cells": found}
+
+
+def rank_correlation(x, y):
+    """Spearman's rho of all numbers in two lists of lists; None where one of them is constant."""
+    from scipy.stats import spearmanr
+    return None if 0 in (np.ptp(x), np.ptp(y)) else float(spearmanr(np.ravel(x), np.ravel(y)).statistic)
+
+
+def gradient_noise(agent, frames, since, parts=8):
+    """tr Cov / |mean|^2 of the actor's gradient for each task, over the parts of one batch of imagined roll-outs. It is
+    near `parts` where there is only noise: the mean of n parts has 1/n of their variance."""
+    a, wm, out = agent.args, agent.wm.eval(), []
+    torch.manual_seed(draw_seed(a.seed, 10))
+    obs, acts, _, _, first = frames.sample(a.rollouts, a.context, np.random.default_rng([a.seed, 10]), agent.device,
+                                           since=since)
+    with torch.no_grad():
+        z = sample_latent(wm.posterior(to_images(obs), wm.embedding()))
+    rolled = imagine(wm, agent.actor, z, acts, first, a.horizon, agent.temperature(), reset_mask=a.reset_mask)
+    for k in range(agent.K):
+        one, actor = slice(k, k + 1), copy.deepcopy(agent.actor)
+        actor.legal, actor.continuous = actor.legal[one], actor.continuous[one]
+        grads = []
+        for i in range(parts):
+            part = [x[one, i::parts] for x in rolled]
+            loss, *_ = agent_loss(actor, agent.critic, agent.slow, wm.cluster_of[one], *part, agent.low[one],
+                                  agent.high[one], a.gamma, a.lam, a.entropy, a.lambda_compat)
+            grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(actor.parameters()))]))
+        grads = torch.stack(grads)
+        out.append(float(grads.var(0).sum() / grads.mean(0).square().sum()))
+    return out
+
+
+def plot_sharpness(found, path):
+    """Noise of the actor's gradient over PSNR: a point per task, checkpoint and seed."""
+    fig, axes = figure(6, 4)
+    for variant in dict.fromkeys(f["variant"] for f in found.values()):
+        points = [p for f in found.values() if f["variant"] == variant for p in f["points"]]
+        axes[0, 0].semilogy(np.ravel([p["psnr"] for p in points]), np.ravel([p["noise"] for p in points]), ".",
+                            label=variant)
+    axes[0, 0].set(xlabel="PSNR of held-out reconstructions (dB)", ylabel="tr Cov / |mean|$^2$ of the actor's gradient")
+    axes[0, 0].legend(fontsize=8)
+    fig.savefig(path, dpi=120)
 
 
 @torch.no_grad()
@@ -1361,17 +1692,19 @@ def parameters(args, K, A):
     """Parameters of the world model, without making it."""
     with torch.device("meta"):
         wm = WorldModel(K, A, args.clusters, args.experts, args.topk, args.emb, args.stem, args.latents, args.classes,
-                        args.width, args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm)
+                        args.width, args.heads, args.expert_layers, args.shared_layers, args.hidden, args.norm,
+                        args.segment if args.routing == "token" else 0)
     return sum(p.numel() for p in wm.parameters())
 
 
 def products(args, A):
     """Multiply-adds per frame: {encoder, decoder, dynamics, heads}; one is two floating-point operations."""
-    c, D, E, Z, H, n = args.stem, args.width, args.emb, args.latents * args.classes, args.hidden, args.topk
+    c, D, E, Z, H = args.stem, args.width, args.emb, args.latents * args.classes, args.hidden
+    n = args.experts if args.routing == "token" else args.topk
     layers = (3, c, 32), (c, 2 * c, 16), (2 * c, 4 * c, 8), (4 * c, 8 * c, 4)           # channels in, out, side
     convs = sum(16 * i * o * side**2 for i, o, side in layers)
     linear, block = (128 * c + E) * Z, 8 * D * D + 2 * args.length * D
-    shared = ((n * D + E) * D if args.shared_layers or n > 1 else 0) + args.shared_layers * block
+    shared = ((args.topk * D + E) * D if args.shared_layers or args.topk > 1 else 0) + args.shared_layers * block
     return {"encoder": convs + linear, "decoder": convs + linear,
             "dynamics": n * ((Z + A + E) * D + D * D + args.expert_layers * block) + shared,
             "heads": (D + E) * (Z + 2 * H) + 2 * H * H + (BINS + 1) * H}
@@ -1473,7 +1806,7 @@ def task_list(text):
     sets = {"atari26": ATARI26, "mt10": MT10, "mt50": METAWORLD50}
     tasks = [t for name in text.split(",") for t in sets.get(name.strip(), (name.strip(),))]
     for task in tasks:
-        if task not in ATARI26 + METAWORLD50:
+        if task not in METAWORLD50 and task.partition("@")[0] not in ATARI26:
             near = difflib.get_close_matches(task, [*ATARI26, *METAWORLD50, *sets], 3, 0.4)
             raise SystemExit(f"--task {task!r} is unknown: expected a game of the Atari-100k benchmark (Boxing), a "
                              f"Meta-World task (mw-reach), atari26, mt10 or mt50; nearest: {', '.join(near) or 'none'}")
@@ -1484,7 +1817,7 @@ def task_list(text):
 
 def fill(args, tasks):
     """Values for all flags that were left out. SystemExit: a combination that cannot work."""
-    K, kinds = len(tasks), {t in ATARI26 for t in tasks}
+    K, kinds = len(tasks), {t not in METAWORLD50 for t in tasks}
     if len(kinds) > 1 and not args.mix_actions:
         raise SystemExit(f"--task {args.task} mixes discrete (Atari) and continuous (Meta-World) actions: type "
                          "--mix-actions to give every task one action vector with room for both")
@@ -1501,12 +1834,19 @@ def fill(args, tasks):
                              "--storm out")
         values.update(clusters=1, experts=1, topk=1, emb=0, shared_layers=0, warmup=0)
         args = replace(args, harmony="off", reset_mask=False)
+    if args.routing == "token":
+        values["topk"] = 1
+    elif args.segment != 1 or args.switch_coef or args.prior_coef:
+        raise SystemExit("--segment, --switch-coef and --prior-coef are for experts per token: add --routing token")
     if args.experts is not None and args.topk is None:
         values["topk"] = min(values["topk"], args.experts)
     args = replace(args, preset=preset, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.clusters > K:
         raise SystemExit(f"--clusters {args.clusters} for {K} task{'s' * (K > 1)}: expected at most one cluster per "
                          f"task; type --clusters {K} or less")
+    if args.routing == "token" and (args.topk > 1 or args.experts == 1):
+        raise SystemExit(f"--routing token gives every token one of several experts, not --topk {args.topk} of "
+                         f"--experts {args.experts}: type --experts 2 or more and leave --topk out")
     if args.topk > args.experts:
         raise SystemExit(f"--topk {args.topk} of {args.experts} experts: expected at most --experts; type --topk "
                          f"{args.experts} or less")
@@ -1525,6 +1865,12 @@ def fill(args, tasks):
         raise SystemExit(f"--context {args.context} + --horizon {args.horizon} steps are more than --length "
                          f"{args.length}: imagination would reach positions that the world model never learned; type "
                          f"--length {args.context + args.horizon} or more")
+    if args.experiment == "fidelity" and args.rollouts < 8:
+        raise SystemExit(f"--experiment fidelity compares the gradients of 8 parts of --rollouts {args.rollouts}: type "
+                         "--rollouts 8 or more")
+    if args.experiment == "transfer" and K == 1:
+        raise SystemExit("--experiment transfer learns the last task after the others: give --task two or more, the "
+                         "new one last")
     if args.width % args.heads:
         raise SystemExit(f"--width {args.width} is no multiple of --heads {args.heads}: choose --heads that divides it")
     return args
@@ -1533,7 +1879,7 @@ def fill(args, tasks):
 def task_options(args, tasks):
     """Keyword arguments of make_env for every task."""
     atari = dict(sticky=args.sticky, life_loss=args.life_loss, noop=args.noop, frame_cap=args.frame_cap)
-    return {t: atari if t in ATARI26 else dict(camera="corner4", repeat=1, length=500) for t in tasks}
+    return {t: dict(camera="corner4", repeat=1, length=500) if t in METAWORLD50 else atari for t in tasks}
 
 
 def make_agent(args, tasks, legal, device):
@@ -1552,8 +1898,8 @@ def announce(args, agent, frames, folder):
         return f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f}M"
 
     print(f"{'STORM' if args.storm else 'MoW'} on {agent.K} task{'s' * (agent.K > 1)} ({args.task}), seed {args.seed}, "
-          f"{agent.device}, {'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}, run "
-          f"folder {folder}")
+          f"{agent.device}{f' x {agent.world} processes' * (agent.world > 1)}, "
+          f"{'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}, run folder {folder}")
     print(f"preset {args.preset}: {args.clusters} clusters, {args.topk} of {args.experts} experts, latent "
           f"{args.latents} x {args.classes}, width {args.width}; world model {millions(agent.wm)}, actor "
           f"{millions(agent.actor)}, critics {millions(agent.critic)} parameters")
@@ -1581,6 +1927,11 @@ def write_csv(path, rows):
     write_text(path, text.getvalue())
 
 
+def cell(x, width, digits=1):
+    """A number of a printed table, - for None."""
+    return f"{'-' if x is None else f'{x:,.{digits}f}':>{width}}"
+
+
 def report(args, tasks, played, agent, run, extra):
     """The table at the end, also as results.csv -> what results.json holds."""
     rows = []
@@ -1598,9 +1949,6 @@ def report(args, tasks, played, agent, run, extra):
     result = {"args": asdict(args), "rows": rows, "mean_score": float(np.mean(scores)),
               "median_score": float(np.median(scores)), "played": played, **extra,
               "published": {"mow_mean_26_games": MOW_MEAN_HNS, "storm_mean_26_games_by_mow_authors": STORM_MEAN_HNS}}
-
-    def cell(x, width, digits=1):
-        return f"{'-' if x is None else f'{x:,.{digits}f}':>{width}}"
 
     print(f"\n{'task':22}{'cluster':>8}{'return':>11}{'+-':>8}{'random':>10}{'human':>10}{'score':>8}{'STORM':>10}"
           f"{'its score':>10}")
@@ -1661,14 +2009,15 @@ def total_updates(args):
 def train(args, agent, player, frames, run, state):
     """Random steps, warm-up and clustering, then play and learn -> clustering, history of the losses, seconds."""
     stop, saved, began = [], [time.time()], time.time() - state.get("seconds", 0.0)
-    signal.signal(signal.SIGINT, lambda *_: stop.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
+    signal.signal(signal.SIGINT, signal.SIG_IGN if run is None else lambda *_: (
+        stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     found, sweep = state.get("found"), state.get("sweep", 0)
     if args.checkpoint and not found:  # its modules have long gone their own ways: clustering would overwrite them
         found = {"labels": list(agent.wm.labels)}
     log = Log(args, agent, run, state.get("history", []))
 
     def save(now=False):
-        if stop or now or time.time() - saved[0] > args.save_every:
+        if run and (stop or now or time.time() - saved[0] > args.save_every):
             saved[0] = time.time()
             frames.flush()
             run.save(dict(agent.state(), player=player.state(), found=found, history=log.history, sweep=sweep,
@@ -1684,11 +2033,12 @@ def train(args, agent, player, frames, run, state):
         save()
     while found is None and agent.updates < args.warmup:
         metrics = agent.update(frames, learn_to_act=False)
-        if agent.updates % 50 == 0 or agent.updates in (1, 10):
+        if run and (agent.updates % 50 == 0 or agent.updates in (1, 10)):
             log.note(metrics, sweep, total_updates(args) - agent.updates, phase="warm-up")
         save()
     if found is None:
-        found = find_clusters(agent, frames) if args.clusters > 1 else {"labels": [0] * agent.K}
+        note = print if run else lambda text: None
+        found = find_clusters(agent, frames, note) if args.clusters > 1 else {"labels": [0] * agent.K}
         save(now=True)
     log.began, log.at = time.time(), agent.updates  # updates take longer from here on
     while sweep < args.steps:
@@ -1698,7 +2048,7 @@ def train(args, agent, player, frames, run, state):
             metrics = agent.update(frames)
         player.receive(sweep)
         sweep += 1
-        if learn and (agent.updates % 100 == 0 or agent.updates - log.at in (1, 20)):
+        if run and learn and (agent.updates % 100 == 0 or agent.updates - log.at in (1, 20)):
             log.note(metrics, sweep, (args.steps - sweep) // args.train_every, player.finished)
         save()
     save(now=True)
@@ -1706,21 +2056,28 @@ def train(args, agent, player, frames, run, state):
 
 
 def play_and_learn(args, tasks, run):
-    """The whole method on all tasks -> what results.json holds."""
+    """The whole method on all tasks -> what results.json holds. The first process of torchrun has the run and the
+    environments, the others (run: None) only learn on what it stores."""
     options, device = task_options(args, tasks), torch.device(args.device)
-    with Fleet(tasks, options) as fleet:
-        agent = make_agent(args, tasks, fleet.legal, device)
-        frames = Frames(run.dir / "frames", len(tasks), 1 if args.eval_only else args.steps, agent.A)
-        announce(args, agent, frames, run.dir)
+    with Fleet(tasks, options) if run else contextlib.nullcontext() as fleet:
+        agent = make_agent(args, tasks, from_first(run and fleet.legal), device)
+        size = len(tasks), 1 if args.eval_only else args.steps, agent.A
+        frames = Frames(run.dir / "frames", *size) if run else None
+        folder = Path(from_first(run and str(run.dir)))  # comes when the files are there
+        frames = frames or Frames(folder / "frames", *size)
+        if run:
+            announce(args, agent, frames, folder)
         if args.checkpoint:
             load_checkpoint(agent, args.checkpoint)
-        player, state, extra = Player(agent, fleet, frames), {}, {}
+        player, state, extra = Player(agent, fleet, frames) if run else Follower(frames), {}, {}
         if args.resume:
-            state = run.load(device=device)
+            state = run.load(device=device) if run else torch.load(folder / "checkpoint.pt", device, weights_only=True)
             agent.load_state(state)
             player.load_state(state["player"])
         if not args.eval_only:
             found, history, seconds = train(args, agent, player, frames, run, state)
+            if run is None:
+                return None
             extra = {"seconds": round(seconds, 1), "clusters": found, "history": history, "finished": player.finished,
                      "fidelity": fidelity(agent, frames), "routing": routing_facts(agent)}
     if not args.eval_only:
@@ -1744,7 +2101,8 @@ def load_checkpoint(agent, file):
 
 
 def main(args: Args):
-    """Run everything and return what results.json holds."""
+    """Run everything and return what results.json holds (None on the other processes of torchrun)."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     if args.resume:
         file = Path(args.resume) / "args.json"
         if not file.exists():
@@ -1755,17 +2113,30 @@ def main(args: Args):
         raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type --device cpu")
     if args.eval_only and not args.checkpoint:
         raise SystemExit("--eval-only plays a trained agent: add --checkpoint runs/<a run of mow.py>/checkpoint.pt")
+    if world > 1 and (args.experiment or args.cluster_only or args.eval_only):
+        raise SystemExit("--experiment, --cluster-only and --eval-only run in one process: start them with python")
     args = replace(args, device="cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     tasks = task_list(args.task)
     args = fill(args, tasks)
+    if args.batch % world or args.rollouts % world:
+        raise SystemExit(f"--batch {args.batch} and --rollouts {args.rollouts} cannot be shared by {world} processes: "
+                         f"type multiples of {world}")
     if args.device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")
-    run = Run(args.task, "mow", args.seed, asdict(args), args.resume)
-    if args.track:
+    if world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(days=2))
+    run = Run(args.task, "mow", args.seed, asdict(args), args.resume) if rank == 0 else None
+    if args.track and run:
         import wandb
         wandb.init(project="mow", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
-    study = {None: play_and_learn, "cost": cost}.get(args.experiment, compare)
+    study = {None: play_and_learn, "cost": cost, "transfer": transfer,
+             "fidelity": sharpness}.get(args.experiment, compare)
     result = (cluster_only if args.cluster_only else study)(args, tasks, run)
+    if world > 1:
+        dist.destroy_process_group()
+    if run is None:
+        return None
     git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)  # maybe no git here
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     result = dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),

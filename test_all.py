@@ -3788,8 +3788,9 @@ def test_gathered_products_equal_a_loop_over_tasks():
         assert torch.allclose(wm.decode(z[k:k + 1], e[k:k + 1], [k])[0], wm.decode(z, e)[k], atol=1e-5)
 
 
-def test_cached_steps_equal_the_full_pass_and_it_is_causal():
-    agent = mow_agent(3, experts=3, topk=2, expert_layers=2, shared_layers=2)
+@pytest.mark.parametrize("routing", (dict(topk=2), dict(routing="token"), dict(routing="token", segment=3)))
+def test_cached_steps_equal_the_full_pass_and_it_is_causal(routing):
+    agent = mow_agent(3, experts=3, expert_layers=2, shared_layers=2, **routing)
     wm, (_, act, _, _, first) = agent.wm.eval(), mow_batch(agent, L=8)
     first[0, 0, 3] = first[2, 1, 1] = True
     e, pos, z = wm.embedding(), torch.arange(8), torch.randn(3, 2, 8, 16)
@@ -3813,6 +3814,72 @@ def test_cached_steps_equal_the_full_pass_and_it_is_causal():
     free = mow.episode_mask(first, pos, False)
     assert not torch.allclose(wm.sequence(before, act, e, J, w, free, pos)[0, 0, 3:],
                               wm.sequence(z, act, e, J, w, free, pos)[0, 0, 3:])
+
+
+def test_experts_per_token():
+    agent = mow_agent(2, experts=3, routing="token", segment=8)
+    wm, (obs, act, _, _, first) = agent.wm.eval(), mow_batch(agent, B=1, L=8)
+    e, pos = wm.embedding(), torch.arange(8)
+    _, J, w = wm.routing(e)
+    assert J.tolist() == [[0, 1, 2]] * 2 and w.eq(1).all()
+    z, mask = mow.sample_latent(wm.posterior(mow.to_images(obs), e)).detach(), mow.episode_mask(first, pos)
+    h = wm.sequence(z, act, e, J, w, mask, pos)
+    h.square().sum().backward()
+    assert wm.token_router.weight.grad.abs().sum(1).min() > 0
+    chosen = wm.token_scores(z, act, e)[:, 0, 0].argmax(-1, keepdim=True)                  # of the first token
+    moved = {j for j in range(3) if wm.experts.blocks[0].up.weight.grad[j].any()}
+    assert moved == set(chosen.flatten().tolist())
+    wm.segment = 0
+    assert torch.allclose(h, wm.sequence(z, act, e, chosen, torch.ones(2, 1), mask, pos), atol=1e-5)
+
+    for segment in (1, 4, 8):
+        agent = mow_agent(2, experts=3, routing="token", segment=segment)
+        torch.manual_seed(0)
+        nn.init.normal_(agent.wm.token_router.weight, std=3)
+        more = mow.world_model_loss(agent.wm, *mow_batch(agent, L=8), torch.tensor(1.0), 0.0)[1]
+        assert (more["switch"] > 0).all() == (segment < 8) and more["prior"].min() > 0
+        assert more["switch_rate"].max() <= {1: 1, 4: 1 / 7, 8: 0}[segment]
+    with torch.no_grad():
+        agent.wm.token_router.weight.zero_()
+        agent.wm.token_router.bias.zero_()
+    more = mow.world_model_loss(agent.wm, *mow_batch(agent, L=8), torch.tensor(1.0), 0.0)[1]
+    assert more["prior"].abs().max() < 1e-6 and torch.allclose(more["scores"], wm_scores(agent), atol=1e-6)
+
+
+def wm_scores(agent):
+    return agent.wm.routing(agent.wm.embedding())[0]
+
+
+def test_penalties_on_switching_and_on_leaving_the_prior():
+    grads = {}
+    for name, more in (("free", {}), ("switch", dict(switch_coef=2.0)), ("prior", dict(prior_coef=2.0))):
+        agent = mow_agent(2, experts=3, routing="token", tau=1.0, **more)
+        torch.manual_seed(0)
+        nn.init.normal_(agent.wm.token_router.weight)
+        batch, weight = mow_batch(agent, B=1, L=4), agent.wm.token_router.weight
+        torch.manual_seed(0)
+        agent.update_world(batch)
+        grads[name] = weight.grad - grads.get("free", 0)
+        if more:
+            agent = mow_agent(2, experts=3, routing="token")
+            torch.manual_seed(0)
+            nn.init.normal_(agent.wm.token_router.weight)
+            torch.manual_seed(0)
+            penalty = mow.world_model_loss(agent.wm, *batch, torch.tensor(1.0), 0.0)[1][name].sum()
+            want, = torch.autograd.grad(2 * penalty, agent.wm.token_router.weight)
+            assert want.any() and torch.allclose(grads[name], want, atol=1e-5)
+
+
+def test_noise_of_the_actor_gradient(tmp_path, monkeypatch):
+    agent = mow_agent(2, clusters=1, rollouts=16)
+    frames = mow_frames(agent, tmp_path / "f")
+    agent.update(frames)
+    assert all(0 < x < 1e6 for x in mow.gradient_noise(agent, frames, 0))
+    real = mow.imagine
+    monkeypatch.setattr(mow, "imagine", lambda *a, **k: [x[:, :1].expand(-1, 16, *x.shape[2:]) for x in real(*a, **k)])
+    assert max(mow.gradient_noise(agent, frames, 0)) < 1e-8  # all roll-outs alike
+    assert mow.rank_correlation([[1, 2], [3, 9]], [[5, 6], [7, 8]]) == pytest.approx(1)
+    assert mow.rank_correlation([[1, 2]], [[5, 5]]) is None
 
 
 def test_free_bits_are_per_task_and_kl_stops_at_episodes():
@@ -3939,6 +4006,88 @@ def test_clusters_are_cloned_with_their_adam_moments(tmp_path):
     assert (w.detach() - old).abs().max() < 5 * agent.args.lr
 
 
+MOW_RANK = """
+import os, sys
+sys.path.insert(0, sys.argv.pop())
+import mow, torch, torch.nn.functional as F, tyro
+made, agents = mow.make_agent, []
+def make_agent(*args):                                    # no dropout and the likeliest latents: shares draw no noise
+    agents.append(made(*args))
+    for m in agents[0].wm.modules():
+        m.dropout = 0.0
+    return agents[0]
+mow.make_agent = make_agent
+mow.sample_onehot = lambda logp: F.one_hot(logp.argmax(-1), logp.shape[-1]).to(logp.dtype)
+mow.main(tyro.cli(mow.Args))
+torch.save(agents[0].state(), f"rank{os.environ.get('RANK', '')}.pt")
+"""
+
+
+def test_two_processes_train_the_model_of_one(tmp_path):
+    (tmp_path / "rank.py").write_text(MOW_RANK)
+    words = MOW_TINY | dict(task="Boxing,Krull", warmup=10, steps=16, tau=1.0)
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in words.items() if k not in ("compile", "bf16")]
+    env, logs = os.environ | {"OMP_NUM_THREADS": "1"}, []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        (tmp_path / name).mkdir()
+        p = subprocess.run([sys.executable, *launcher, "../rank.py", *words, HERE], cwd=tmp_path / name, env=env,
+                           capture_output=True, text=True)
+        assert p.returncode == 0, p.stderr[-3000:]
+        folder, = (tmp_path / name / "runs").iterdir()
+        lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        logs.append([[x[f"losses/{k}"] for k in ("rec", "rew", "end", "dyn", "dyn_raw", "rep", "task", "grad_norm")]
+                     for x in lines if x["step"] <= 10])      # the warm-up; roll-outs then begin in other windows
+        assert json.loads((folder / "results.json").read_text())["rows"][0]["episodes"] == 1
+    assert len(logs[0]) == 2 and np.allclose(*logs, rtol=1e-4), logs
+    a, b = (everything(torch.load(tmp_path / f"two/rank{i}.pt", weights_only=True)) for i in (0, 1))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert "2 processes" in p.stdout and p.stdout.count("playing 1 episodes") == 1
+    with says("start them with python"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "2")
+            mow.main(mow.Args(task="Pong", experiment="cost", **MOW_TINY))
+    with says("multiples of 3"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "3")
+            mow.main(mow.Args(task="Pong", **MOW_TINY))
+
+
+def test_ssim_equals_sums_over_every_window():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(2, 14, 13)).astype(np.float32)
+    y = np.clip(0.8 * x + 0.2 * rng.uniform(size=x.shape), 0, 1).astype(np.float32)
+    g = np.exp(-np.arange(-5, 6) ** 2 / 4.5)
+    g = np.outer(g, g) / g.sum() ** 2
+    want = []
+    for a, b in zip(x, y):
+        values = []
+        for i in range(4):
+            for j in range(3):
+                p, q = a[i:i + 11, j:j + 11], b[i:i + 11, j:j + 11]
+                mp, mq = (g * p).sum(), (g * q).sum()
+                vp, vq, c = (g * (p - mp) ** 2).sum(), (g * (q - mq) ** 2).sum(), (g * (p - mp) * (q - mq)).sum()
+                values.append((2 * mp * mq + 1e-4) * (2 * c + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+        want.append(np.mean(values))
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    assert np.allclose(mow.ssim(x, y), want, atol=1e-4) and mow.ssim(x, x).allclose(torch.ones(2))
+    assert mow.ssim(x[None], y[None]).shape == (1, 2) and mow.ssim(x, 1 - x).max() < 0
+
+
+def test_atari_modes_and_difficulties():
+    def play(task):
+        env = envs.make_env(task, obs="pixels", sticky=0.0)
+        return np.stack([env.reset(seed=3)[0], *(env.step(t % 4)[0] for t in range(20))])
+
+    frames = play("Breakout")
+    assert np.array_equal(frames, play("Breakout@m0d0"))
+    assert not np.array_equal(frames, play("Breakout@m16d0")) and not np.array_equal(frames, play("Breakout@m0d1"))
+    assert envs.score("Boxing@m0d1", 12.1, 0.0) == 1.0
+    for task in ("Boxing@m1d0", "Boxing@m0d4", "Boxing@hard", "Boxing@m0"):
+        with says(task, "Boxing@m<mode>d<difficulty>", "a mode of 0", "difficulty of 0, 1, 2, 3"):
+            envs.make_env(task, obs="pixels")
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
 def mow_run(tmp_path_factory):
@@ -4047,6 +4196,12 @@ def test_storm_runs_alone(tmp_path, monkeypatch):
     assert result["args"]["emb"] == 0 and result["args"]["norm"] == "bn" and result["rows"][0]["episodes"] == 1
 
 
+def test_a_run_with_experts_per_token(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = mow.main(mow.Args(task="Pong", routing="token", segment=4, switch_coef=0.1, prior_coef=0.1, **MOW_TINY))
+    assert result["args"]["topk"] == 1 and 8 / 2 <= result["fidelity"]["run_length"][0] <= 8
+
+
 def test_checkpoint_of_another_run_plays_and_goes_on(mow_run, tmp_path, monkeypatch):
     whole, folder = mow_run
     monkeypatch.chdir(tmp_path)
@@ -4104,17 +4259,52 @@ def test_mow_studies_make_their_tables_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(mow, "task_gradients", lambda agent, frames: gradients(agent, frames, 2))
     r = mow.main(mow.Args(task=GAMES, cluster_only=True, seeds=2, **small))
     assert [row["clusters"] for row in r["rows"]] == [2] and -1 <= r["rows"][0]["ari_seeds"] <= 1
-    for name, task, variants in (("clusters", "Pong,Qbert", 2), ("monolith", GAMES, 4)):
+    r = mow.main(mow.Args(task="Pong", experiment="fidelity", seeds=1, **small | dict(rollouts=8)))
+    assert [row["variant"] for row in r["rows"]] == ["stem2", "stem4", "stem8", "latents2", "latents8", "all together"]
+    assert -1 <= r["rows"][-1]["rho_ssim"] <= 1 and len(r["cells"]["stem2_s1"]["points"]) == 5
+    for name, task, variants in (("tokens", "Pong", 6), ("clusters", "Pong,Qbert", 2), ("monolith", GAMES, 4)):
         r = mow.main(mow.Args(task=task, experiment=name, seeds=1, **small))
         assert len(r["rows"]) == variants and all(np.isfinite(row["open_loop_psnr"]) for row in r["rows"])
+        if name == "tokens":
+            runs = {row["variant"]: row["run_length"] for row in r["rows"]}
+            assert runs["task"] == runs["segment8"] == 8 and 1 <= runs["token"] <= 8
         if name == "monolith":
             size = {row["variant"]: row["parameters"] for row in r["rows"]}
-            work = {row["variant"]: row["products_per_frame"] for row in r["rows"]}
+            work = {row["variant"]: row["products"] for row in r["rows"]}
             assert size["monolith_params"] == pytest.approx(size["mow"], rel=0.1)
             assert work["monolith_flops"] == pytest.approx(work["mow"], rel=0.05)
     monkeypatch.setattr(mow, "random_frames", None)  # all cells are there: nothing is done again
     folder = max(Path("runs").iterdir(), key=lambda p: p.stat().st_mtime)
     assert mow.main(mow.Args(resume=str(folder)))["rows"] == r["rows"]
+
+
+def test_transfer_freezes_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    agents, make, gradients = [], mow.make_agent, mow.task_gradients
+    monkeypatch.setattr(mow, "make_agent", lambda *a: agents.append(make(*a)) or agents[-1])
+    monkeypatch.setattr(mow, "task_gradients", lambda agent, frames: gradients(agent, frames, 1))
+    fidelity, loss = mow.fidelity, mow.held_out_loss
+    monkeypatch.setattr(mow, "fidelity", lambda agent, frames, since: fidelity(agent, frames, since, 1))
+    monkeypatch.setattr(mow, "held_out_loss", lambda agent, frames, task, since=0: loss(agent, frames, task, since, 1))
+    small = MOW_TINY | dict(steps=48, random_steps=45, warmup=3, lr=1e-2)
+    r = mow.main(mow.Args(task="Boxing,Krull,Boxing@m0d1", experiment="transfer", seeds=1, **small))
+    _, model, *variants = agents
+    was, labels, old = dict(model.wm.named_parameters()), r["cells"]["all_s1"]["cluster"], model.wm.labels[:2]
+    assert set(old) == {0, 1} and labels in old and r["cells"]["new_cluster_s1"]["cluster"] == 2
+    for (variant, frozen), agent in zip(mow.FROZEN.items(), variants, strict=True):
+        assert agent.wm.labels[:2] == old and agent.wm.labels[2] == r["cells"][f"{variant}_s1"]["cluster"]
+        moved = {name for name, p in agent.wm.named_parameters() if not torch.equal(p, was[name])}
+        assert not [name for name in moved if name.startswith(frozen)], variant
+        for part in ("e", "vaes", "experts", "mix", "shared", "reward_head"):  # the rest learns
+            if variant != "scratch" and part not in frozen:
+                assert any(name.startswith(part) for name in moved) == (part != "shared" or "shared" not in frozen)
+        if variant != "scratch":
+            assert torch.equal(agent.wm.e[:2], was["e"][:2]) and not torch.equal(agent.wm.e[2], was["e"][2])
+    rows = {row["variant"]: row for row in r["rows"]}
+    assert rows["scratch"]["auc_ratio"] == 1 and rows["scratch"]["forgetting"] is None
+    assert rows["new_cluster"]["forgetting"] == 0 != rows["all"]["forgetting"]
+    assert rows["all"]["zero_shot"] == rows["freeze_vae"]["zero_shot"] < rows["scratch"]["zero_shot"]
+    assert (next(Path("runs").iterdir()) / "transfer.png").stat().st_size > 0
 
 
 def test_mow_cost_measures_tasks_experts_and_loops(tmp_path, monkeypatch):
@@ -4146,6 +4336,10 @@ def test_mow_bad_input_is_one_sentence(tmp_path, monkeypatch):
                         (("--heads",), dict(task=GAMES, width=15)), (("--random-steps",), dict(task=GAMES,
                                                                                                random_steps=4)),
                         (("last fifth",), dict(task=GAMES, experiment="experts", random_steps=20)),
+                        (("add --routing token",), dict(task="Pong", segment=4)),
+                        (("not --topk 2",), dict(task="Pong", routing="token", topk=2)),
+                        (("--rollouts 8",), dict(task="Pong", experiment="fidelity", random_steps=45, steps=45)),
+                        (("two or more",), dict(task="Pong", experiment="transfer", random_steps=45, steps=45)),
                         (("--batch 0", "positive"), dict(task=GAMES, batch=0)), (("--checkpoint",),
                                                                                  dict(eval_only=True)),
                         (("args.json",), dict(resume="nowhere")), (("no GPU",), dict(device="cuda"))):
