@@ -1131,18 +1131,25 @@ def env_action(agent, a):
     return int(a[:n].argmax()) if n and a[:n].any() else a[n:]
 
 
-def evaluate(agent, tasks, options, episodes, seed, video=None):
-    """Sampled actions in whole episodes -> per task [(return, success)]; one episode's frames go to video(task, ..)."""
+def evaluate(agent, tasks, options, episodes, seed, video=None, pool=None):
+    """Sampled actions in whole episodes -> per task [(return, success)], and the actions (K, n, A). One episode's
+    frames go to video(task, ..). With a pool (K, n, A) the agent is blind: it draws from these actions, whatever it
+    sees."""
     K, R = len(tasks), min(episodes, 4)
     quota = [episodes // R + (r < episodes % R) for r in range(R)]  # fixed per environment: no bias to short episodes
     seeds = np.array([[[draw_seed(seed, 5, k, r, i) % 2**31 for i in range(quota[r] + 1)] for r in range(R)]
                       for k in range(K)])
     played, ret, success = [[[] for _ in range(R)] for _ in tasks], np.zeros((K, R)), np.zeros((K, R))
-    film, memory, t = [[] for _ in tasks], agent.memory(R), 0
+    film, memory, taken = [[] for _ in tasks], agent.memory(R), []
+    rng = np.random.default_rng([seed, 9])
     with Fleet([task for task in tasks for _ in range(R)], options) as fleet:
         obs = np.stack(fleet.reset(seeds[:, :, 0].flatten())).reshape(K, R, 64, 64, 3)
         while any(len(p) < q for row in played for p, q in zip(row, quota)):
-            action, memory = agent.play(obs, memory, [seed, 6, t])
+            if pool is None:
+                action, memory = agent.play(obs, memory, [seed, 6, len(taken)])
+            else:
+                action = np.stack([p[rng.integers(len(p), size=R)] for p in pool])
+            taken.append(action)
             done = [[min(len(p) + 1, q) for p, q in zip(row, quota)] for row in played]
             fleet.send([env_action(agent, a) for a in action.reshape(K * R, -1)],
                        [seeds[k, r, done[k][r]] for k in range(K) for r in range(R)])
@@ -1155,10 +1162,9 @@ def evaluate(agent, tasks, options, episodes, seed, video=None):
                     if len(played[k][r]) < quota[r]:
                         played[k][r].append((float(ret[k, r]), float(success[k, r])))
                     ret[k, r] = success[k, r] = memory[2][k, r] = 0
-            t += 1
     for k, task in enumerate(tasks if video else ()):
         video(task, film[k])
-    return [[x for p in row for x in p] for row in played]
+    return [[x for p in row for x in p] for row in played], np.stack(taken, 1).reshape(K, -1, agent.A)
 
 
 # ---------------------------------------------------------------------------------------------------------- diagnosis
@@ -1932,7 +1938,7 @@ def cell(x, width, digits=1):
     return f"{'-' if x is None else f'{x:,.{digits}f}':>{width}}"
 
 
-def report(args, tasks, played, agent, run, extra):
+def report(args, tasks, played, blind, agent, run, extra):
     """The table at the end, also as results.csv -> what results.json holds."""
     rows = []
     for k, task in enumerate(tasks):
@@ -1941,22 +1947,25 @@ def report(args, tasks, played, agent, run, extra):
         storm = STORM_RETURN.get(task)
         rows.append({"task": task, "cluster": agent.wm.labels[k] + 1, "return": float(ret.mean()),
                      "sem": float(ret.std(ddof=1) / math.sqrt(len(ret))) if len(ret) > 1 else None,
-                     "episodes": len(ret), "random": random, "human": human,
+                     "episodes": len(ret), "blind": float(np.mean([r for r, _ in blind[k]])), "random": random,
+                     "human": human,
                      "score": float(np.mean([score(task, r, s) for r, s in played[k]])),
                      "storm": storm, "storm_score": None if storm is None else score(task, storm, 0)})
     write_csv(run.dir / "results.csv", rows)
     scores = [r["score"] for r in rows]
     result = {"args": asdict(args), "rows": rows, "mean_score": float(np.mean(scores)),
-              "median_score": float(np.median(scores)), "played": played, **extra,
+              "median_score": float(np.median(scores)), "played": played, "played_blind": blind, **extra,
               "published": {"mow_mean_26_games": MOW_MEAN_HNS, "storm_mean_26_games_by_mow_authors": STORM_MEAN_HNS}}
 
-    print(f"\n{'task':22}{'cluster':>8}{'return':>11}{'+-':>8}{'random':>10}{'human':>10}{'score':>8}{'STORM':>10}"
-          f"{'its score':>10}")
+    print(f"\n{'task':22}{'cluster':>8}{'return':>11}{'+-':>8}{'blind':>10}{'random':>10}{'human':>10}{'score':>8}"
+          f"{'STORM':>10}{'its score':>10}")
     for r in rows:
-        print(f"{r['task']:22}{r['cluster']:8}{cell(r['return'], 11)}{cell(r['sem'], 8)}{cell(r['random'], 10)}"
-              f"{cell(r['human'], 10)}{cell(r['score'], 8, 3)}{cell(r['storm'], 10)}{cell(r['storm_score'], 10, 3)}")
+        print(f"{r['task']:22}{r['cluster']:8}{cell(r['return'], 11)}{cell(r['sem'], 8)}{cell(r['blind'], 10)}"
+              f"{cell(r['random'], 10)}{cell(r['human'], 10)}{cell(r['score'], 8, 3)}{cell(r['storm'], 10)}"
+              f"{cell(r['storm_score'], 10, 3)}")
     print(f"mean score {result['mean_score']:.3f}, median {result['median_score']:.3f} (Atari: human-normalised; "
           f"Meta-World: success; +- standard error over {rows[0]['episodes']} episodes; 1 training seed)")
+    print("blind: the agent's own actions in random order; only a return above it shows that seeing pays")
     print(f"published at 100k steps per game: STORM as above, one agent per game; MoW, one agent for all 26 games: "
           f"mean {MOW_MEAN_HNS}")
     return result
@@ -2085,8 +2094,10 @@ def play_and_learn(args, tasks, run):
         plot_routing(extra["routing"], agent.wm.labels, tasks, run.dir / "routing.png")
         plot_curve(history, player.finished, tasks, run.dir / "curve.png")
     print(f"playing {args.eval_episodes} episodes per task", flush=True)
-    played = evaluate(agent, tasks, options, args.eval_episodes, args.seed, record(run) if args.capture_video else None)
-    return report(args, tasks, played, agent, run, extra)
+    video = record(run) if args.capture_video else None
+    played, taken = evaluate(agent, tasks, options, args.eval_episodes, args.seed, video)
+    blind, _ = evaluate(agent, tasks, options, args.eval_episodes, args.seed, pool=taken)
+    return report(args, tasks, played, blind, agent, run, extra)
 
 
 def load_checkpoint(agent, file):

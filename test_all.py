@@ -4109,10 +4109,23 @@ def test_a_tiny_run_makes_its_table_and_files(mow_run):
         assert (folder / name).stat().st_size > 0
     saved = json.loads((folder / "results.json").read_text())
     assert saved["rows"] == result["rows"] and saved["args"]["sticky"] == 0.25
+    assert all(r["blind"] == np.mean([x for x, _ in b]) for r, b in zip(saved["rows"], saved["played_blind"]))
     assert len(saved["clusters"]["labels"]) == 3 and -1 <= saved["clusters"]["silhouette"] <= 1
     assert len(saved["fidelity"]["open_loop_psnr"]) == 3 and np.isfinite(saved["fidelity"]["dyn_kl"]).all()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["updates"] == 36 and state["sweep"] == 44 and state["player"]["count"] == 44
+
+
+def test_the_blind_control_acts_as_often_and_never_looks(monkeypatch):
+    args = mow_args(task="Boxing", frame_cap=40)
+    options = mow.task_options(args, ["Boxing"])
+    agent = mow.make_agent(args, ["Boxing"], [list(range(18))], torch.device("cpu"))
+    played, taken = mow.evaluate(agent, ["Boxing"], options, 2, seed=1)
+    assert taken.shape == (1, 20, 18) and (taken.sum(-1) == 1).all() and len(played[0]) == 2  # 2 environments, 10 steps
+    monkeypatch.setattr(agent, "play", None)
+    pool = np.eye(18, dtype=np.float32)[None, [2, 2, 5]]
+    blind, drawn = mow.evaluate(agent, ["Boxing"], options, 2, seed=1, pool=pool)
+    assert set(drawn.argmax(-1).ravel()) == {2, 5} and len(blind[0]) == 2
 
 
 def test_killed_at_any_moment_it_ends_at_the_same_numbers(mow_run, tmp_path, monkeypatch):
