@@ -4740,3 +4740,265 @@ def test_savi_help_shows_every_flag():
     for f in dataclasses.fields(savi.Args):
         assert f"--{f.name.replace('_', '-')}" in out or f"--no-{f.name.replace('_', '-')}" in out, f.name
     assert "Deviations" in out
+
+
+# ---------------------------------------------------------------------------------------------- bodies and toys of PWM
+BODY_FACTS = {"hopper": (11, 3, 6, 6, 15.8, 1.25), "ant": (37, 8, 15, 14, 0.9, 0.75),
+              "anymal": (49, 12, 19, 18, 53.1, 0.55), "humanoid": (76, 21, 28, 27, 40.8, 1.35),
+              "muscle-humanoid": (53, 152, 29, 24, 37.0, 1.0)}
+
+
+@pytest.mark.parametrize("task", BODY_FACTS)
+def test_bodies_have_the_papers_sizes_and_start_as_it_says(task):
+    body, (O, A, nq, nv, mass, height) = envs._Body(task), BODY_FACTS[task]
+    m = body.model
+    assert tuple(envs.task_facts(task)) == (O, A, 1000, 1) and (m.nq, m.nv, m.nu) == (nq, nv, A)
+    assert sum(m.body_mass) == pytest.approx(mass, abs=0.06) and body._rest[1 if task == "hopper" else 2] == height
+    assert m.opt.timestep == 1 / 240 and ((m.geom_contype > 0) == (m.geom_type == 0)).all()  # only the floor is touched
+    rows = np.stack([body.start(np.random.default_rng(i)) for i in range(500)])
+    assert (rows[:, 0] == 0).all() and body.observe(rows, np.zeros((500, A))).shape == (500, O)
+    off, scale = rows[:, 1:1 + nq] - body._rest, 0.1 if task == "hopper" else 0.2
+    assert scale * 0.48 < np.abs(off[:, :2]).max() <= scale / 2
+    fast = 0.1 if task == "hopper" else 0.5
+    assert fast * 0.48 < np.abs(rows[:, 1 + nq:]).max() <= fast / 2
+    for a in [3, *body._balls] if task != "hopper" else []:
+        assert np.allclose(np.linalg.norm(rows[:, 1 + a:5 + a], axis=1), 1) and (rows[:, 1 + a] > 0.98).all()
+    joints = off[:, 7:] if task in ("ant", "anymal", "humanoid") else np.zeros((1, 1))
+    assert np.abs(joints).max() <= 0.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(envs.make_env(task), skip_render_check=True)
+
+
+def test_bodies_stand_on_their_springs_or_fall():
+    lasts = {}
+    for task in ("hopper", "anymal", "humanoid"):
+        body = envs._Body(task)
+        state = np.concatenate([[0.0], body._rest, np.zeros(body.model.nv)])[None]
+        if task == "anymal":  # at 0 its springs hold the legs straight
+            state[0, 8:1 + body.nq], state[0, 3] = 0, 0.65
+        for _ in range(200):
+            state, ended = body.advance(state, np.zeros((1, body.facts.act_dim)))
+            if ended[0]:
+                break
+        lasts[task] = state[0, 0], state[0, 3]
+    assert lasts["anymal"][0] == pytest.approx(200 / 60) and lasts["anymal"][1] == pytest.approx(0.6, abs=0.02)
+    assert lasts["hopper"][0] < 2.5 and lasts["humanoid"][0] < 2.5
+
+
+def test_body_rewards_and_observations_by_hand():
+    for task in BODY_FACTS:
+        body = envs._Body(task)
+        rng = np.random.default_rng(1)
+        state, act = body.start(rng)[None], rng.uniform(-1, 1, (1, body.facts.act_dim))
+        q, v, last = state[0, 1:1 + body.nq], state[0, 1 + body.nq:], rng.uniform(-1, 1, (1, body.facts.act_dim))
+        obs = body.observe(state, last)
+        cost = (act**2).sum()
+        if task == "hopper":
+            want_obs = [q[1] - 1.25, *q[2:], *v]
+            x = min(q[1] - 0.95, 0.3)
+            want = v[0] + (x if x >= 0 else -200 * x * x) + 1 - (q[2] / 0.5235988) ** 2 - 0.1 * cost
+        else:
+            w, x, y, z = q[3:7]
+            R = np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+                          [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+                          [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])
+            want_obs = [*q[2:7], *v[:3], *(R @ v[3:6]), *q[7:], *0.1 * v[6:], R[2, 2], R[0, 0],
+                        *([] if task == "muscle-humanoid" else last[0])]
+            want = v[0] + 0.1 * R[2, 2] + R[0, 0]
+            if task == "humanoid":
+                x = min(q[2] - 0.84, 0.1)
+                want += (10 * x if x >= 0 else -200 * x * x) - 0.002 * cost
+            elif task == "muscle-humanoid":
+                want -= 0.001 * ((act + 1) / 2).sum()
+            else:
+                want += q[2] - body.floor - (0.005 * cost if task == "anymal" else 0)
+        assert np.allclose(obs[0], want_obs) and body.reward(obs, act)[0] == pytest.approx(want), task
+    assert envs._height_term(np.array([-2.0, -0.1, 0.05, 1]), 0.1, 10) == pytest.approx([-200, -2, 0.5, 1])
+
+
+def test_the_reward_is_that_of_the_state_before_the_step():
+    env = envs.make_env("ant")
+    obs, _ = env.reset(seed=3)
+    act = np.full(8, 0.3, np.float32)
+    _, rew, *_ = env.step(act)
+    assert rew == pytest.approx(env._env.reward(obs[None].astype(float), act[None])[0], abs=1e-6)
+
+
+def test_an_ants_action_drives_the_joint_of_its_place():
+    body = envs._Body("ant")
+    for i in range(8):
+        state = np.concatenate([[0.0], body._rest, np.zeros(14)])[None]
+        state[0, 3] = 5  # in the air
+        act = np.zeros((1, 8))
+        act[0, i] = 1
+        for _ in range(2):
+            state, _ = body.advance(state, act)
+        assert np.argmax(np.abs(state[0, 1 + 15 + 6:])) == i
+
+
+def test_the_muscles_are_152_and_only_pull():
+    import mujoco
+    m = envs._Body("muscle-humanoid").model
+    names = [m.actuator(i).name for i in range(m.nu)]
+    assert m.ntendon == m.nu == 152 == len(set(names)) and sum(n.startswith("left") for n in names) == 76
+    assert (m.actuator_gainprm[:, 0] < 0).all() and (m.actuator_ctrlrange == [0, 1]).all() and m.na == 0
+    assert -m.actuator_gainprm[:, 0].sum() == pytest.approx(2 * 0.36 * 26680, rel=1e-6)  # of spec A.4's F0
+    d = mujoco.MjData(m)
+    d.qpos[:] = envs._Body("muscle-humanoid")._rest
+
+    def torque(*groups):  # of the left leg at rest: hip x y z, knee, ankle x y z
+        d.ctrl[:] = [n.startswith("left") and n[5:-2] in groups for n in names]
+        mujoco.mj_forward(m, d)
+        return d.qfrc_actuator[-9:-2]
+
+    knee, ankle = ("vastus_lat", "vastus_med_int", "rectus_femoris"), ("gastrocnemius", "soleus")
+    assert torque(*knee)[3] == pytest.approx(-107, abs=3) and torque(*ankle)[5] == pytest.approx(96, abs=3)
+    assert torque("tibialis_ant_extensors")[5] == pytest.approx(-29, abs=1) and torque("gluteus_max")[1] > 50
+    d.ctrl[:] = [n.startswith("right") for n in names]
+    mujoco.mj_forward(m, d)
+    right = d.qfrc_actuator[6:13].copy()
+    d.ctrl[:] = [n.startswith("left") for n in names]
+    mujoco.mj_forward(m, d)
+    assert np.allclose(right * [-1, 1, -1, 1, -1, 1, -1], d.qfrc_actuator[-9:-2])  # mirrored
+    body = envs._Body("muscle-humanoid")  # action -1 is no activation: falling freely, muscles change nothing
+    state = np.concatenate([[0.0], body._rest, np.zeros(24)])[None]
+    slack, _ = body.advance(state, -np.ones((1, 152)))
+    tense, _ = body.advance(state, np.ones((1, 152)))
+    assert np.abs(slack[0, -18:]).max() < 0.2 < np.abs(tense[0, -18:]).max()
+
+
+def sine_herd(task, threads, n=6, steps=60):
+    with envs.Herd(task, n, seed=4, threads=threads) as herd:
+        out = [(herd.reset(),)]
+        for t in range(steps):
+            out.append(herd.step(np.sin(0.7 * t + np.arange(n)[:, None] + np.arange(herd.facts.act_dim))))
+    return out
+
+
+@pytest.mark.parametrize("task", ["hopper", "muscle-humanoid"])
+def test_a_herd_equals_single_environments_for_any_number_of_threads(task):
+    one, two = sine_herd(task, 1), sine_herd(task, 2)
+    for a, b in zip(one, two):
+        for x, y in zip(a, b):
+            np.testing.assert_array_equal(x, y)
+    i, ends = 2, 0
+    env = envs.make_env(task)
+    env.reset(seed=0)
+    env._state = env._env.start(np.random.default_rng([4, i, 0]))[None]
+    for t in range(60):
+        obs, rew, term, trunc, _ = env.step(np.sin(0.7 * t + i + np.arange(env.facts.act_dim)))
+        herd_obs, herd_rew, herd_term, _, last = (x[i] for x in one[t + 1])
+        np.testing.assert_allclose(last, obs, rtol=1e-3, atol=1e-4)  # its actions are float32
+        assert rew == pytest.approx(float(herd_rew), abs=1e-2) and term == herd_term and not trunc
+        if term:
+            ends += 1
+            env.reset(seed=0)
+            env._state = env._env.start(np.random.default_rng([4, i, ends]))[None]
+            start = env._env.observe(env._state, np.zeros((1, env.facts.act_dim)))[0]
+            np.testing.assert_allclose(herd_obs, start, rtol=1e-5)
+            break
+        np.testing.assert_array_equal(herd_obs, last)
+    assert ends == 1
+
+
+def test_rollouts_of_a_body_equal_the_plain_loop():
+    jobs = [("hopper", s) for s in (5, 6, 7, 5)]
+    want = plain_loop(jobs, policy(3), 11)
+    for n, max_envs in ((1, 64), (2, 2)):
+        with envs.Workers(n, max_envs) as workers:
+            same(workers.rollout(jobs, policy(3)), want)
+    assert all(e["term"][-1] and not e["term"][:-1].any() for e in want) and len({len(e["rew"]) for e in want}) > 1
+
+
+def test_rows_that_explode_end_and_stay_finite_and_time_is_no_end():
+    with envs.Herd("ant", 3, threads=1) as herd:
+        herd.reset()
+        herd._state[1, 1 + 15 + 3] = 1e30
+        herd.t[2] = 999
+        before = herd._body.observe(herd._state, herd._last)
+        obs, rew, term, trunc, last = herd.step(np.zeros((3, 8)))
+        assert term.tolist() == [False, True, False] and trunc.tolist() == [False, False, True]
+        assert np.isfinite(obs).all() and np.isfinite(rew).all() and np.isfinite(last).all()
+        np.testing.assert_array_equal(last[1], before[1].astype(np.float32))
+        assert herd.t.tolist() == [1, 0, 0] and (last[2] != obs[2]).any() and (last[0] == obs[0]).all()
+    env = envs.make_env("hopper")
+    for limit in (False, True):  # falling at the last step is an end, not a lack of time
+        env.reset(seed=0)
+        env.t = 999
+        if limit:
+            env._state[0, 2] = 0.5
+        _, _, term, trunc, _ = env.step(np.zeros(3))
+        assert (term, trunc) == ((True, False) if limit else (False, True))
+
+
+def test_ball_wall_has_its_landscape():
+    ball = envs.plant("ball-wall")
+    theta = torch.linspace(-math.pi, math.pi, 200_001, dtype=torch.float64)
+    for k, at, best in ((1, 0.1223, -21.8505), (2, 0.2492, -21.382)):
+        J = ball.cost(theta, k)
+        assert float(theta[J.argmin()]) == pytest.approx(at, abs=1e-3)
+        assert float(J.min()) == pytest.approx(best, abs=1e-3)
+        assert float(J[0]) == float(J[-1]) == pytest.approx(18)
+    left, plateau, right = ball.cost(torch.tensor([-1.55, -1.0, 0.13], dtype=torch.float64)).tolist()
+    assert left == pytest.approx(-2.5, abs=0.2) and plateau == -5 and right < -21
+    x = torch.tensor(-math.pi, dtype=torch.float64, requires_grad=True)
+    assert abs(float(torch.autograd.grad(ball.cost(x), x)[0])) < 1e-12
+    assert float(ball.path(-0.5)[-1, 0]) < 5 < float(ball.path(0.3)[-1, 0])
+
+
+def test_the_double_pendulum_keeps_energy_and_is_chaotic():
+    p = envs.plant("double-pendulum")
+    none, drift = torch.zeros(1, 1, dtype=torch.float64), []
+    for dt, steps in ((1 / 60, 240), (1 / 120, 480)):
+        p.DT = dt
+        x = torch.tensor([[0.3, 0.2, 0.0, 0.0]], dtype=torch.float64)
+        before = p.energy(x)
+        for _ in range(steps):
+            x = p.step(x, none, friction=0.0)
+        drift.append(float((p.energy(x) - before).abs()))
+    assert drift[0] < 0.2 and drift[1] < drift[0] / 16  # an order of 4
+    p = envs.plant("double-pendulum")
+    for T, want in ((10, 10.5), (30, 111), (50, 1082)):
+        def roll(x, T=T):
+            for _ in range(T):
+                x = p.step(x, none[0])
+            return x
+        J = torch.autograd.functional.jacobian(roll, torch.zeros(4, dtype=torch.float64))
+        assert float(torch.linalg.matrix_norm(J, 2)) == pytest.approx(want, rel=0.03)
+    x = p.reset(1000, gen(), torch.float64)
+    assert x[:, :2].abs().max() < math.pi / 2 and x[:, 2:].abs().max() < 0.25
+    assert torch.allclose(p.state(p.observe(x)), x)
+    assert p.reward(p.observe(x))[0] == pytest.approx(-float(x[0, 0]**2 + x[0, 1]**2 + 0.1 * (x[0, 2:]**2).sum()))
+
+
+@pytest.mark.parametrize("task", envs.TOY)
+def test_toys_are_environments_too(task):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(envs.make_env(task), skip_render_check=True)
+    env = envs.make_env(task)
+    env.reset(seed=0)
+    _, rew, term, trunc, _ = env.step(np.array([0.13 / math.pi]))
+    assert (term, trunc) == (task == "ball-wall", False) and (rew > 21 or task != "ball-wall")
+    assert envs.plant("ant") is None and envs.score(task, -7.5, 0) == -7.5 and envs.score("ant", 900, 0) == 900
+
+
+@pytest.mark.parametrize("call, sentence", [
+    (lambda: envs.Herd("walker-walk", 2), "hopper, ant.*'walker-walk'.*Workers"),
+    (lambda: envs.Herd("ant", 0), "n=0.*1 or more of each"),
+    (lambda: envs.make_env("hoper"), "unknown task 'hoper'.*hopper"),
+    (lambda: envs.make_env("ball-wall", obs="pixels"), "draws no frames.*obs='state'"),
+    (lambda: sine_herd_with(np.zeros((2, 8))), r"\(2, 8\), all finite; expected finite \(3, 8\)"),
+    (lambda: sine_herd_with(np.full((3, 8), np.nan)), "not all finite"),
+    (lambda: envs.Workers(1).rollout([("ant", 0)], lambda o, j, t: np.zeros((1, 3))), r"\(1, 3\).*\(1, 8\)")])
+def test_bad_input_of_bodies_and_toys_is_one_sentence(call, sentence):
+    with pytest.raises(SystemExit, match=sentence) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def sine_herd_with(act):
+    with envs.Herd("ant", 3, threads=1) as herd:
+        herd.reset()
+        herd.step(act)
