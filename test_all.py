@@ -5002,3 +5002,267 @@ def sine_herd_with(act):
     with envs.Herd("ant", 3, threads=1) as herd:
         herd.reset()
         herd.step(act)
+
+
+# --------------------------------------------------------------------------------------------- PWM's studies of Sec. 3
+def test_toy_networks_start_alike_and_learn_apart():
+    nets = [pwm.fit_landscape(act, lambda x: x.sin(), 3, 1, seed=5)[0] for act in (torch.relu, pwm.simnorm)]
+    torch.manual_seed(5)
+    start = pwm.ToyNet(3, torch.relu)
+    assert not torch.equal(nets[0].weight[0], start.weight[0])
+    assert not torch.equal(start.weight[1][0], start.weight[1][1])
+    x = torch.linspace(-3, 3, 7)
+    for k, act in ((0, torch.relu), (1, lambda h: h.unflatten(-1, (4, 8)).softmax(-1).flatten(-2))):
+        h = x[:, None]
+        for i in range(3):
+            h = h @ nets[k].weight[i][1] + nets[k].bias[i][1]
+            h = act(h) if i < 2 else h
+        assert torch.allclose(nets[k](x.expand(3, -1))[1], h[:, 0], atol=1e-5)
+    alone = pwm.fit_landscape(torch.relu, lambda x: x.sin(), 2, 6, seed=5)[1]
+    assert alone.shape == (6, 2) and (alone[-1] < 0.8 * alone[0]).all()
+
+
+def test_descent_ends_in_the_minimum_and_stays_in_range():
+    assert torch.allclose(pwm.descend(lambda t: (t - 0.5) ** 2, 2), torch.tensor([0.5, 0.5]), atol=1e-3)
+    assert torch.allclose(pwm.descend(lambda t: -t, 1), torch.tensor([math.pi]))
+
+
+def test_ball_wall_study_runs_and_judges(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    result = pwm.main(pwm.Args(task="ball-wall", fast=True, seeds=3, device="cpu"))
+    out = capsys.readouterr().out
+    assert "not reproduced" in out and result["verdict"] == "not reproduced" and len(result["table"]) == 9
+    folder = last_run(tmp_path)
+    assert {"figure2.png", "results.json", "args.json", "pwm.py"} <= {p.name for p in folder.iterdir()}
+    saved = json.loads((folder / "results.json").read_text())
+    assert saved["deviations"] and len(saved["table"]["ReLU"]["gap"]) == 3
+    gap, ball = saved["table"]["SimNorm"]["gap"], envs.plant("ball-wall")
+    angle = torch.tensor(saved["table"]["SimNorm"]["theta"])
+    assert np.allclose(gap, ball.cost(angle) + 21.8505, atol=0.01)
+
+
+def test_the_true_plant_is_a_world_model():
+    p = envs.plant("double-pendulum")
+    wm, state = pwm.TruePlant(p, rew_std=2.0), p.reset(5, gen())
+    task, a = torch.zeros(5, dtype=torch.long), torch.rand(5, 1)
+    z = wm.encode(p.observe(state), task)
+    after = p.step(state, a)
+    assert torch.allclose(wm.next(z, a, task), p.observe(after), atol=1e-5)
+    assert torch.allclose(pwm.reward_value(wm.reward(z, a, task)), p.reward(p.observe(after)) / 2, atol=1e-4)
+    actors, noise = pwm.Actors(torch.ones(1, 1), 6, (8,)), torch.randn(3, 1, 5, 1)
+    zs, rew, alive = pwm.imagine(wm, actors, z[None], noise, task)
+    assert zs.shape == (4, 1, 5, 6) and rew.shape == (3, 1, 5) and alive is None
+    obs, acts, real = pwm.play_pendulum(p, lambda o, t: actors(o[None], noise[t])[0], state, 3)
+    assert torch.allclose(zs[:, 0], obs, atol=1e-4) and torch.allclose(rew[:, 0], real / 2, atol=1e-4)
+
+
+def test_gradient_statistics_against_plain_autograd():
+    p = envs.plant("double-pendulum")
+    wm, actors, N, H = pwm.TruePlant(p), pwm.Actors(torch.ones(1, 1), 6, (8,)), 4, 5
+    start, eps = p.reset(N, gen(3)), torch.randn(H, 1, N, 1, generator=gen(4))
+    with torch.no_grad():
+        seen, acts, _ = pwm.play_pendulum(p, lambda o, t: actors(o[None], eps[t])[0], start, H)
+    jac = pwm.policy_jacobian(actors, seen[:-1].flatten(0, 1), eps[:, 0].flatten(0, 1)).view(H, N, -1)
+    stats, means = pwm.gradient_statistics(pwm.action_gradients(wm, seen[0], acts), jac)
+    for h in (1, 3, 5):
+        grads = []
+        for n in range(N):
+            state, total = start[n:n + 1], 0
+            for t in range(h):  # the policy sees the recorded observation, cut from the graph
+                state = p.step(state, actors(seen[t, n][None, None], eps[t, :, n:n + 1])[0])
+                total = total + p.reward(p.observe(state))
+            parts = torch.autograd.grad(-total.sum(), list(actors.parameters()))
+            grads.append(torch.cat([g.flatten() for g in parts]))
+        g = torch.stack(grads)
+        assert torch.allclose(means[h - 1], g.mean(0), rtol=1e-3, atol=1e-5)
+        assert stats["variance"][h - 1] == pytest.approx(float(g.var(0).mean()), rel=1e-3)
+        assert stats["esnr"][h - 1] == pytest.approx(float(g.mean(0).square().sum() / g.var(0).sum()), rel=1e-3)
+        assert stats["esnr_code"][h - 1] == pytest.approx(float((g.mean(0)**2 / (g.var(0) + 1e-9)).mean()), rel=1e-3)
+
+
+def test_first_order_gradients_through_the_true_plant_improve_a_policy():
+    p, args, g = envs.plant("double-pendulum"), pwm.Args(task="double-pendulum"), gen(1)
+    torch.manual_seed(0)
+    near = 0.2 * torch.randn(64, 4, generator=g)  # near upright it needs to learn to balance only
+    policy = pwm.extract(pwm.TruePlant(p, 3.0), p.observe(near), 30, 8, g, args)
+    with torch.no_grad():
+        ours, none = (pwm.play_pendulum(p, act, near, 20)[2].sum(0).mean()
+                      for act in (lambda o, t: policy(o[None])[0], lambda o, t: torch.zeros(64, 1)))
+    assert ours > none + 1, (ours, none)
+
+
+def test_verdict_on_gradients_follows_the_rule():
+    def curve(at_16, at_50):
+        return np.geomspace(at_16 ** (1 + 15 / 34) / at_50 ** (15 / 34), at_50, 50).tolist()
+    flat = [1.0] * 50
+    true = [dict(variance=curve(0.1, 50), esnr=[0.05] * 50)]
+    good = {"true": true, "WM, H = 3": [dict(variance=curve(0.1, 90), esnr=[0.1] * 50)] * 3,
+            "WM, H = 16": [dict(variance=curve(0.1, 5), esnr=flat)] * 3}
+    assert all(pwm.pendulum_checks(good, 3).values()) and not all(pwm.pendulum_checks(good, 2).values())
+    noisy = {**good, "WM, H = 16": [dict(variance=curve(0.1, 20), esnr=flat)] * 3}
+    weak = {**good, "WM, H = 16": [dict(variance=curve(0.1, 5), esnr=[0.08] * 50)] * 3}
+    tame = {**good, "true": [dict(variance=curve(1, 50), esnr=[0.05] * 50)]}
+    assert [list(pwm.pendulum_checks(x, 3).values()).count(False) for x in (noisy, weak, tame)] == [1, 2, 1]
+
+
+def test_double_pendulum_study_runs_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    result = pwm.main(pwm.Args(task="double-pendulum", fast=True, seeds=1, device="cpu"))
+    assert result["verdict"] == "not reproduced" and "cosine to the true mean gradient" in capsys.readouterr().out
+    models = result["gradients"]["random"]
+    assert set(models) == {"true", "WM, H = 3", "WM, H = 16"} and len(models["true"][0]["esnr"]) == 50
+    assert models["true"][0]["cosine"][30] == pytest.approx(1) and (last_run(tmp_path) / "figure3.png").exists()
+    assert set(result["returns"]) == {"random", "SHAC, true plant", "PWM, WM, H = 3", "PWM, WM, H = 16"}
+
+
+# -------------------------------------------------------------------------------- PWM's single tasks: episodes that end
+def test_sequences_with_ends_use_every_step_of_short_episodes(tmp_path):
+    eps = Episodes.create(tmp_path, {"a-b": (3, 2, 12)})
+    lengths, ended = [12, 2, 1, 5], [False, True, True, False]
+    for n, (t, term) in enumerate(zip(lengths, ended)):
+        o, a, r, flags = episode("a-b", n, t, {"a-b": (3, 2, 12)})
+        flags[-1] = term
+        eps.append("a-b", o, a, r, flags)
+    samplers = [eps.sampler(["a-b"], 4, ends=True, resident=x) for x in (True, False)]
+    batch, again = (s.sequences(4000, gen(1)) for s in samplers)
+    for x, y in zip(batch, again):
+        assert torch.equal(x, y)
+    obs, act, rew, task, term, live = batch
+    n, t = (rew[0] // 1000).long(), (rew[0] % 1000).long()
+    for i in range(4):
+        starts = t[n == i]
+        assert set(starts.tolist()) == set(range(lengths[i])) and abs(len(starts) - 1000) < 150
+    step = t + torch.arange(4)[:, None]
+    length = torch.tensor(lengths)[n]
+    assert torch.equal(live, (step < length).float())
+    assert torch.equal(term, ((step == length - 1) & torch.tensor(ended)[n]).float())
+    where = torch.minimum(t + torch.arange(5)[:, None], length)
+    assert torch.equal(obs[..., 0], 1000.0 * n + where)
+    assert torch.equal(act[..., 0][live > 0], obs[:-1, :, 0][live > 0] + .5)
+    firsts = samplers[0].starts(4000, gen(2))[0, :, 0]
+    assert {int(x) for x in firsts} == {1000 * i + t for i in range(4) for t in range(lengths[i])}
+
+
+def episodic_world(seed=0):
+    torch.manual_seed(seed)
+    wm = pwm.WorldModel(3, [2], 2, 16, 16, 16, 0, episodic=True)
+    for p in wm.parameters():
+        p.data += 0.1 * torch.randn(p.shape)
+    wm.rew_std.fill_(2.0)
+    nets = nn.ModuleDict(dict(wm=wm, actors=pwm.Actors(torch.ones(1, 2), 16, (8,)), critics=pwm.Critics(1, 16),
+                              stats=pwm.ReturnStats(1)))
+    return nets
+
+
+def test_episodic_world_model_loss_against_a_slow_reference():
+    wm, H, B = episodic_world()["wm"], 4, 5
+    obs, act, rew = torch.randn(H + 1, B, 3), torch.rand(H, B, 2), 4 * torch.randn(H, B)
+    term, live = torch.zeros(H, B), torch.ones(H, B)
+    term[1, 2], live[2:, 2], rew[0, 0] = 1, 0, 100.0
+    task = torch.zeros(B, dtype=torch.long)
+    loss, metrics, *_ = pwm.world_model_loss(wm, obs, act, rew, task, 0.9, term, live)
+    want = dict(consistency=0, reward=0, end=0)
+    for b in range(B):
+        z = wm.encode(obs[0, b], task[b])
+        for h in range(H):
+            r = wm.reward(z, act[h, b], task[b])[0]
+            z = wm.next(z, act[h, b], task[b])
+            w = 0.9**h / (H * B) * float(live[h, b])
+            p = wm.end(z, task[b]).sigmoid()
+            want["consistency"] += w * (z - wm.encode(obs[h + 1, b], task[b])).square().mean()
+            want["reward"] += w * (r - min(max(float(rew[h, b]) / 2, -5), 5)) ** 2
+            want["end"] -= w * (p.log() if term[h, b] else (1 - p).log())
+    for k, v in want.items():
+        assert float(metrics[k]) == pytest.approx(v.item(), rel=1e-4), k
+    total = 20 * want["consistency"] + 0.1 * (want["reward"] + want["end"])
+    assert loss.item() == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_imagined_returns_are_weighted_by_the_chance_to_go_on():
+    nets, N, B, H, g, lam = episodic_world(), 1, 6, 5, 0.9, 0.8
+    wm, actors, critics, stats = (nets[k] for k in ("wm", "actors", "critics", "stats"))
+    obs, eps, task = torch.randn(N, B, 3), torch.randn(H, N, B, 2), torch.zeros(B, dtype=torch.long)
+    z, rew, alive = pwm.imagine(wm, actors, obs, eps, task)
+    assert alive.shape == (H, N, B) and 0 < alive.min() < alive.max() < 1
+    v = torch.stack([critics(x).amin(1) for x in z])
+    J, so_far = 0, 1
+    for h in range(H):
+        J, so_far = J + g**h * so_far * rew[h], so_far * alive[h]
+    J = J + g**H * so_far * v[H]
+    _, got, _, target = pwm.actor_loss(wm, actors, critics, stats, obs, eps, task, g, lam)
+    assert torch.allclose(got, J.mean(1), atol=1e-5)
+    G = v[H]
+    for h in reversed(range(H)):
+        G = rew[h] + g * alive[h] * ((1 - lam) * v[h + 1] + lam * G)
+        assert torch.allclose(target.view(N, H, B)[:, h], G, atol=1e-5)
+    x = torch.rand(4, 7)
+    assert torch.equal(pwm.lambda_return(x[:3], x, g, lam), pwm.lambda_return(x[:3], x, g, lam, torch.ones(3, 7)))
+
+
+class Cliff(gymnasium.Env):
+    """A point drifts to the right, is paid for going there, and ends beyond 0.5; at most 60 steps. Best is to stay."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-0.4, 0.4, 1).astype(np.float32)
+        return self.x.copy(), {}
+
+    def step(self, action):
+        self.x = np.clip(self.x + 0.15 * action + 0.05, -1, 1).astype(np.float32)
+        return self.x.copy(), 1.0 + 0.5 * float(action[0]), bool(self.x[0] > 0.5), False, {}
+
+
+gymnasium.register("Cliff-v0", entry_point=Cliff, max_episode_steps=60)
+
+
+def test_a_policy_learns_not_to_end_the_episode(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {**TINY, "task": "test_all:Cliff-v0", "rounds": 3, "seed_episodes": 6, "round_episodes": 4,
+                "wm_steps": 400, "wm_batch": 32, "policy_steps": 120, "policy_batch": 16, "horizon": 12,
+                "wm_horizon": 4, "wm_lr": 1e-3, "eval_episodes": 4, "first_model": 0.6, "last_model": 0.2,
+                "first_policy": 0.3}
+    result = pwm.main(pwm.Args(**settings))
+    table = result["table"][0]
+    assert table["ours"] > 40 > 25 > table["random"], table  # 50 for staying; running right earns 1.5 for a few steps
+    rounds = [h for h in result["history"] if "steps" in h]
+    assert rounds[0]["length"] < 40 and 6 * 60 <= rounds[0]["steps"] < 12 * 60
+    folder = last_run(tmp_path)
+    wm = pwm.load_world_model(folder / "checkpoint.pt")
+    assert wm.episodic and wm.rew_std < 1
+    x = torch.tensor([[0.45], [-0.5]])
+    task = torch.zeros(2, dtype=torch.long)
+    ends = wm.end(wm.next(wm.encode(x, task), torch.ones(2, 1), task), task).sigmoid()
+    assert ends[0] > 0.8 > 0.2 > ends[1]
+    again = pwm.main(pwm.Args(task=settings["task"], device="cpu", workers=1, eval_only=True, eval_episodes=4,
+                              checkpoint=str(folder / "checkpoint.pt")))
+    assert again["table"][0]["ours"] == pytest.approx(table["ours"], abs=8)
+
+
+def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = {**TINY, "wm_steps": 8, "policy_steps": 4, "seed_episodes": 2, "horizon": 16, "wm_horizon": 16}
+    walk = pwm.main(pwm.Args(**{**tiny, "task": WALK, "round_episodes": 1, "workers": 1}))
+    assert np.isfinite(walk["table"][0]["ours"]) and walk["args"]["episodic"]
+    stored = Episodes.open(last_run(tmp_path) / "episodes").arrays(WALK)
+    assert stored["length"].max() <= 12 and len(stored["length"]) >= 2 * 64
+    body = pwm.main(pwm.Args(**{**tiny, "task": "hopper", "seed_episodes": 1, "round_episodes": 1}))
+    assert body["table"][0]["ours"] > -1000 and [h for h in body["history"] if "length" in h][0]["length"] < 120
+    plain = pwm.main(pwm.Args(**{**tiny, "wm_horizon": 3, "horizon": 4, "episodic": False}))
+    assert not plain["args"]["episodic"] and "end_head.1.weight" not in torch.load(
+        last_run(tmp_path) / "checkpoint.pt", weights_only=True)["wm"]
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(task="ball-wall", seeds=1), "--seeds 1.*at least 2"), (dict(task="double-pendulum", seeds=0), "--seeds 0"),
+    (dict(task="ball-wall", checkpoint="x.pt"), "study of minutes"),
+    (dict(task="cup-catch,hopper", episodic=True), "one task.*--no-episodic"),
+    (dict(task="hopper", episodic=True, planner_episodes=1), "--planner-episodes.*--no-episodic"),
+    (dict(task="hoper"), "nearest: .*hopper")])
+def test_bad_flags_of_studies_and_bodies_get_one_sentence(settings, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=words) as error:
+        pwm.main(pwm.Args(device="cpu", **settings))
+    assert "\n" not in str(error.value)
