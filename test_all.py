@@ -5174,7 +5174,7 @@ def test_episodic_world_model_loss_against_a_slow_reference():
             want["end"] -= w * (p.log() if term[h, b] else (1 - p).log())
     for k, v in want.items():
         assert float(metrics[k]) == pytest.approx(v.item(), rel=1e-4), k
-    total = 20 * want["consistency"] + 0.1 * (want["reward"] + want["end"])
+    total = 20 * want["consistency"] + 0.1 * want["reward"] + want["end"]
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
 
 
