@@ -7,6 +7,8 @@ policies} make it. TD-MPC2's policy prior, Q ensemble and MPPI planner are here 
 
     python pwm.py --task cartpole-swingup     # 2 CPU cores, no data: see README for minutes and return
     python pwm.py --task mt30                 # thirty policies and a table beside the paper's
+    python pwm.py --task hopper               # one body of LOCOMOTION or a gymnasium id: episodes that end (--episodic)
+    python pwm.py --task ball-wall            # Fig. 2; --task double-pendulum: Fig. 3, and SHAC on the true plant
 
 Copy me together with envs.py and data.py. Shapes: N tasks, B batch, H horizon, O obs, A action, L latent, E critics
 or Qs, K = 101 bins; time first: obs (H+1, B, O), act (H, B, A), rew (H, B); stacked networks (N, ..).
