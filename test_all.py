@@ -5241,7 +5241,7 @@ def test_a_policy_learns_not_to_end_the_episode(tmp_path, monkeypatch):
     assert again["table"][0]["ours"] == pytest.approx(table["ours"], abs=8)
 
 
-def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch):
+def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny = {**TINY, "wm_steps": 8, "policy_steps": 4, "seed_episodes": 2, "horizon": 16, "wm_horizon": 16}
     walk = pwm.main(pwm.Args(**{**tiny, "task": WALK, "round_episodes": 1, "workers": 1}))
@@ -5249,6 +5249,7 @@ def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch)
     stored = Episodes.open(last_run(tmp_path) / "episodes").arrays(WALK)
     assert stored["length"].max() <= 12 and len(stored["length"]) >= 2 * 64
     body = pwm.main(pwm.Args(**{**tiny, "task": "hopper", "seed_episodes": 1, "round_episodes": 1}))
+    assert "not comparable: PPO 4742, SAC 4126" in capsys.readouterr().out
     assert body["table"][0]["ours"] > -1000 and [h for h in body["history"] if "length" in h][0]["length"] < 120
     plain = pwm.main(pwm.Args(**{**tiny, "wm_horizon": 3, "horizon": 4, "episodic": False}))
     assert not plain["args"]["episodic"] and "end_head.1.weight" not in torch.load(
