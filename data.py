@@ -274,9 +274,10 @@ class Episodes:
                        for x in _layout(self.facts[task])}
                 self._set_count(task, fds, n)
 
-    def sampler(self, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0, resident=None):
+    def sampler(self, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0, resident=None,
+                ends=False):
         """A Sampler over the episodes there are now; make a new one after appending."""
-        return Sampler(self, tasks, horizon, device, obs_dim, act_dim, held_out, resident)
+        return Sampler(self, tasks, horizon, device, obs_dim, act_dim, held_out, resident, ends)
 
 
 # --------------------------------------------------------------------------------------------------- sampling
@@ -299,6 +300,9 @@ class Sampler:
     (default: the widest task).  held_out: about this fraction of each task's episodes is kept out of
     training: numbers 3, 3+k, 3+2k, .. with k = round(1/held_out), so membership never changes as data grows
     and four episodes have one.
+    ends: for tasks that end by themselves. Slices then start at any step, 0..length-1, so that no episode is too
+    short; beyond the end the last observation and action repeat, and sequences() also returns term (H,B), 1 where
+    the step ended the episode by itself, and live (H,B), 0 beyond the end, both f32.
     resident: hold all rows on the device (True), read memory maps (False), or decide by free memory (None);
     the batches are the same.  Attributes: resident, nbytes (size when resident), too_short (episodes shorter
     than H).
@@ -306,7 +310,8 @@ class Sampler:
     resident=True."""
 
     def __init__(self, episodes, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0,
-                 resident=None):
+                 resident=None, ends=False):
+        self.ends = ends
         if not 0 <= held_out <= 0.5 or horizon < 1 or not len(tasks):
             raise SystemExit(f"sampler: held_out={held_out}, horizon={horizon}, {len(tasks)} tasks; expected "
                              "0 <= held_out <= 0.5, horizon >= 1 and at least one task")
@@ -339,7 +344,7 @@ class Sampler:
             length = np.array(m["length"])
             number = np.arange(len(length))
             held = (number >= 3) & ((number - 3) % round(1 / held_out) == 0) if held_out else number < 0
-            fits = length >= self.horizon
+            fits = length >= (1 if self.ends else self.horizon)
             self.too_short += int((~fits).sum())
             train, held = np.flatnonzero(fits & ~held), np.flatnonzero(fits & held)
             if len(number) and not len(train):
@@ -347,7 +352,7 @@ class Sampler:
                                  f"(its {len(number)} episodes have {length.max()} at most): use a smaller "
                                  "horizon or collect longer episodes")
             for pick, numbers in zip(picks, (train, held if len(held) else train)):
-                pick.append((numbers, length[numbers] - self.horizon + 1))
+                pick.append((numbers, length[numbers] - (0 if self.ends else self.horizon - 1)))
         pools = []
         for pick in picks:
             count = np.array([len(numbers) for numbers, _ in pick], np.int64)
@@ -365,6 +370,7 @@ class Sampler:
         self._obs = torch.zeros(rows, self.obs_dim, device=self.device)
         self._act = torch.zeros(rows, self.act_dim, device=self.device)
         self._rew = torch.zeros(rows, device=self.device)
+        self._term = torch.zeros(rows if self.ends else 0, device=self.device)
         for m, row in zip(self._maps, self._row0.tolist()):
             (n, T1, O), A = m["obs"].shape, m["act"].shape[2]
             step = max(1, (64 << 20) // (4 * T1 * O))                        # read about 64 MB at a time
@@ -375,15 +381,17 @@ class Sampler:
                     rows = torch.from_numpy(np.array(m[name][a:b]))
                     flat[part].view(b - a, T1, -1)[:, :steps, :width] = rows
                 self._rew[part].view(b - a, T1)[:, :-1] = torch.from_numpy(np.array(m["rew"][a:b]))
+                if self.ends:
+                    self._term[part].view(b - a, T1)[:, :-1] = torch.from_numpy(np.array(m["term"][a:b])).float()
 
     def _draw(self, task, held_out, generator):
-        """Episode number and start row for a tensor of task ids, both shaped like it, on the generator's
-        device."""
+        """Episode number, start row and number of starts of the episode (with `ends` its length) for a tensor of task
+        ids, all shaped like it, on the generator's device."""
         pool = self._table(held_out, generator)
         # double precision: u < 1 gives floor(u * n) < n for every n here, and no episode is favoured
         u = torch.rand(2, *task.shape, dtype=torch.float64, generator=generator, device=generator.device)
         pick = pool["first"][task] + (u[0] * pool["count"][task]).long()
-        return pool["ep"][pick], (u[1] * pool["room"][pick]).long()
+        return pool["ep"][pick], (u[1] * pool["room"][pick]).long(), pool["room"][pick]
 
     def _table(self, held_out, generator):
         key = bool(held_out), generator.device
@@ -400,10 +408,13 @@ class Sampler:
 
     def sequences(self, batch, generator, held_out=False):
         """obs (H+1,B,O) f32, act (H,B,A) f32, rew (H,B) f32, task (B,) int64, on the device.  generator: a
-        torch.Generator on the CPU or on the device.  A task without held-out episodes gives training ones."""
+        torch.Generator on the CPU or on the device.  A task without held-out episodes gives training ones.
+        With `ends` also term (H,B) and live (H,B)."""
         active, H = self._table(held_out, generator)["active"], self.horizon
         task = active[torch.randint(len(active), (batch,), generator=generator, device=generator.device)]
-        ep, start = self._draw(task, held_out, generator)                    # (B,) (B,)
+        ep, start, room = self._draw(task, held_out, generator)              # (B,) (B,) (B,)
+        if self.ends:
+            return self._with_ends(task, ep, start, room)
         if self.resident:
             task, ep, start = self._send(task), self._send(ep), self._send(start)
             index = self._row0[task] + ep * self._rows[task] + start         # (B,)
@@ -420,13 +431,36 @@ class Sampler:
             rew.numpy()[:, b] = part["rew"].T
         return self._send(obs), self._send(act), self._send(rew), self._send(task)
 
+    def _with_ends(self, task, ep, start, length):
+        """sequences() for slices that may run past the end of their episode, all arguments (B,)."""
+        H = self.horizon
+        step = start + torch.arange(H + 1, device=start.device)[:, None]     # (H+1,B)
+        live = self._send((step[:-1] < length).float())
+        step = torch.minimum(step, length), torch.minimum(step[:-1], length - 1)         # of obs, of act
+        if self.resident:
+            task, first = self._send(task), self._send(ep)
+            first = self._row0[task] + first * self._rows[task]
+            at_obs, at = (first + self._send(x) for x in step)
+            return self._obs[at_obs], self._act[at], self._rew[at], task, self._term[at] * live, live
+        B = len(task)
+        obs, act = self._empty(H + 1, B, self.obs_dim), self._empty(H, B, self.act_dim)
+        rew, term = self._empty(H, B), self._empty(H, B)
+        ids, ep, (at_obs, at) = task.cpu().numpy(), ep.cpu().numpy(), (x.cpu().numpy() for x in step)
+        for k in np.unique(ids):
+            b, m = np.flatnonzero(ids == k), self._maps[k]
+            for out, name, rows in ((obs, "obs", at_obs), (act, "act", at), (rew, "rew", at), (term, "term", at)):
+                part = np.asarray(m[name])[ep[b], rows[:, b]]
+                to = out.numpy()[..., :part.shape[2]] if part.ndim > 2 else out.numpy()
+                to[:, b] = part
+        return *(self._send(x) for x in (obs, act, rew, task)), self._send(term) * live, live
+
     def starts(self, per_task, generator):
         """obs (K, per_task, O) f32: first rows of training slices, the same distribution as sequences()."""
         if len(self._pools[0]["active"]) < len(self.tasks):
             empty = [t for t, n in zip(self.tasks, self._pools[0]["count"]) if n == 0]
             raise SystemExit(f"task {empty[0]!r} has no episodes: collect or convert some, or leave it out")
         task = torch.arange(len(self.tasks), device=generator.device)[:, None].expand(-1, per_task)
-        ep, start = self._draw(task, False, generator)                       # (K,per_task) each
+        ep, start, _ = self._draw(task, False, generator)                    # (K,per_task) each
         if self.resident:
             task, ep, start = self._send(task), self._send(ep), self._send(start)
             return self._obs[self._row0[task] + ep * self._rows[task] + start]

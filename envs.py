@@ -2,10 +2,14 @@
 
     env = make_env("walker-walk", seed=0)          # or "mw-reach", "Pendulum-v1", "my_module:Id-v0"
     env = make_env("Boxing", obs="pixels")         # an Atari game: discrete actions, 64 x 64 RGB
+    env = make_env("ant")                          # a body of LOCOMOTION; "ball-wall", "double-pendulum": toys
+    with Herd("ant", 64) as herd:                  # 64 of them stepping together on all cores, no processes
+        obs = herd.reset()
     with Workers(2) as workers:                    # batched roll-outs in two processes
         episodes = workers.rollout([("walker-walk", 0), ("cup-spin", 1)], policy)
 
-`python envs.py [TASK ...]` prints agent steps per second for one task of each domain.
+`python envs.py [TASK ...]` prints agent steps per second for one task of each domain, `python envs.py locomotion` those
+of Herd.
 
 Vocabulary: O observation size, A action size, T agent steps of an episode, n environments stepping together.
 An agent step is `action_repeat` control steps with the same action and the summed reward.
@@ -14,6 +18,7 @@ MT30 and MT80 are the task sets of TD-MPC2 (Hansen et al., 2024) in its order: t
 import difflib
 import functools
 import importlib
+import importlib.util
 import json
 import math
 import multiprocessing.connection
@@ -74,12 +79,22 @@ ATARI_SCORES = {                                  # of a random policy and of a 
     "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6), "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0),
     "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2)}
 ATARI26 = tuple(ATARI_SCORES)                     # the 26 games of the Atari-100k benchmark
+_LOCOMOTION_DIMS = {"hopper": (11, 3), "ant": (37, 8), "anymal": (49, 12), "humanoid": (76, 21),
+                    "muscle-humanoid": (53, 152)}     # PWM's single tasks (Sec. 4.1), here on MuJoCo
+LOCOMOTION = tuple(_LOCOMOTION_DIMS)
+_TOY_FACTS = {"ball-wall": (1, 1, 1, 1), "double-pendulum": (6, 1, 240, 1)}
+TOY = tuple(_TOY_FACTS)                           # PWM's two examples (Sec. 3), differentiable: see plant
+SUITES = {"mt30": MT30, "mt80": MT80}             # names of task sets
 
 
 def task_facts(task):
-    """Facts of a task. MT30 and Meta-World come from a table; any other task is made once to be measured."""
+    """Facts of a task. Those of our own lists come from tables; any other task is made once to be measured."""
     if task in _MT30_DIMS:
         return Facts(*_MT30_DIMS[task], 500, 2)
+    if task in LOCOMOTION:
+        return Facts(*_LOCOMOTION_DIMS[task], 1000, 1)
+    if task in TOY:
+        return Facts(*_TOY_FACTS[task])
     return Facts(39, 4, 100, 2) if task in METAWORLD50 else _measured_facts(task)
 
 
@@ -94,13 +109,13 @@ def score(task, ret, success):
     """Score of an episode in [0, 1] as in TD-MPC2: success for `mw-` tasks, return / 1000 for dm_control. For Atari
     the human-normalised score: 0 a random policy, 1 a human tester.
 
-    A gymnasium id has no published scale: its return comes back as it is, and can lie outside [0, 1]."""
+    Gymnasium ids, LOCOMOTION and TOY have no published scale: the return comes back as it is, also outside [0, 1]."""
     if task in METAWORLD50:
         return float(success)
     if (game := task.partition("@")[0]) in ATARI_SCORES:
         random, human = ATARI_SCORES[game]
         return (float(ret) - random) / (human - random)
-    return float(ret) if _is_gymnasium_id(task) else float(ret) / 1000.0
+    return float(ret) if task in LOCOMOTION + TOY or _is_gymnasium_id(task) else float(ret) / 1000.0
 
 
 def _is_gymnasium_id(task):
@@ -109,9 +124,11 @@ def _is_gymnasium_id(task):
 
 def _unknown(task):
     suite = (f"{domain}-{name.replace('_', '-')}" for domain, name in _import_suite().ALL_TASKS)
-    near = difflib.get_close_matches(task, dict.fromkeys([*MT80, *ATARI26, *suite, *gymnasium.registry]), 3, 0.4)
-    return SystemExit(f"unknown task {task!r}: expected an MT30/MT80/ATARI26 name, a dm_control 'domain-task' or "
-                      f"a gymnasium id ('module:Id-v0' for your own); nearest: {', '.join(near) or 'none'}")
+    near = difflib.get_close_matches(task, dict.fromkeys([*MT80, *ATARI26, *LOCOMOTION, *TOY, *suite,
+                                                          *gymnasium.registry]), 3, 0.4)
+    return SystemExit(f"unknown task {task!r}: expected an MT30/MT80/ATARI26/LOCOMOTION name, a dm_control "
+                      "'domain-task' or a gymnasium id ('module:Id-v0' for your own); nearest: "
+                      f"{', '.join(near) or 'none'}")
 
 
 # -------------------------------------------------------------------------------- constructors
@@ -123,14 +140,16 @@ def make_env(task, seed=0, obs="state", size=64, **options):
       gymnasium id with a continuous Box action space (`Pendulum-v1`; `module:Id-v0` imports `module`).
       Or an Atari game of ATARI26 by its bare name, with 18 discrete actions and obs="pixels" (see _Atari);
       `Breakout@m4d1` is the game in the ALE's mode 4 and difficulty 1.
+      Or a body of LOCOMOTION (see _Body), or an example of TOY (see plant).
     seed: of the first reset; `reset(seed=s)` fixes all that is random in an episode.
     obs: "state" gives float32 (O,); "pixels" gives uint8 (size, size, 3) and needs OpenGL.
     options: of Atari: sticky, life_loss, noop, frame_cap; of Meta-World: camera, repeat, length.
     Actions are float32 (A,) in [-1, 1], rescaled to the task's own bounds where these are finite.
 
     Episodes: dm_control repeats each action twice, is truncated after 500 agent steps and never terminated;
-    Meta-World repeats twice, is truncated after 100, and draws a new goal at each reset; a gymnasium id is
-    not repeated and keeps its own limit (1000 steps if it has none). `info["success"]` is a float, 0.0 where
+    Meta-World repeats twice, is truncated after 100, and draws a new goal at each reset; bodies of LOCOMOTION take
+    1000 steps of 1/60 s unless they fall (terminated); a gymnasium id is not repeated and keeps its own limit
+    (1000 steps if it has none). `info["success"]` is a float, 0.0 where
     the task has no such notion.
     Errors: SystemExit with one sentence for an unknown task, a missing package, discrete actions, no OpenGL,
     or (while stepping) a number that is not finite."""
@@ -145,7 +164,8 @@ def make_env(task, seed=0, obs="state", size=64, **options):
         return _MetaWorld(task, seed, obs, size, **options)
     if options:
         raise SystemExit(f"make_env got {', '.join(options)} for {task!r}; expected no options for this kind of task")
-    return (_Gymnasium if _is_gymnasium_id(task) else _Suite)(task, seed, obs, size)
+    own = _Walker if task in LOCOMOTION else _Toy if task in TOY else _Gymnasium
+    return (own if own is not _Gymnasium or _is_gymnasium_id(task) else _Suite)(task, seed, obs, size)
 
 
 class _Env(gymnasium.Env):
@@ -180,7 +200,7 @@ class _Env(gymnasium.Env):
         if not math.isfinite(rew):
             raise self._broken("reward")
         self.t += 1
-        truncated = bool(truncated) or self.t >= self.facts.episode_length
+        truncated = bool(truncated) or (self.t >= self.facts.episode_length and not terminated)
         return self._observe(obs), float(rew), bool(terminated), truncated, {"success": float(success)}
 
     def render(self):
@@ -606,6 +626,523 @@ _CUSTOM = {
     "pendulum-spin": _with_reward(("pendulum", "swingup"), _pendulum_spin)}
 
 
+# -------------------------------------------------------------------------------- locomotion (PWM Sec. 4.1, Table 2)
+def _asset(package, *path):
+    """Path of a model file that an installed package brings along, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise SystemExit(f"{package} brings the model {path[-1]} and cannot be found: pip install -r requirements.txt")
+    return os.path.join(spec.submodule_search_locations[0], *path)
+
+
+def _anymal_xml():
+    """A quadruped with ANYmal C's joint positions, link masses (53.1 kg) and contact shapes; springs pull every joint
+    to 0 with 85 N m/rad, where the legs are straight."""
+    legs = ""
+    for name, f, s in (("LF", 1, 1), ("RF", 1, -1), ("LH", -1, 1), ("RH", -1, -1)):   # f: front/hind, s: left/right
+        legs += (
+            f'<body pos="{.2999 * f} {.104 * s} 0"><joint name="{name}_HAA" axis="1 0 0"/>'
+            f'<geom type="sphere" size=".05" pos="{.03 * f} {.03 * s} 0" mass="2.51"/>'
+            f'<body pos="{.0599 * f} {.08381 * s} 0"><joint name="{name}_HFE" axis="0 1 0"/>'
+            f'<geom type="capsule" size=".03" fromto="0 0 0 0 {.1003 * s} -.285" mass="1.5"/>'
+            f'<geom type="capsule" size=".06" fromto="0 {-.01 * s} -.285 0 {.11 * s} -.285" mass="1.77"/>'
+            f'<body pos="0 {.1003 * s} -.285"><joint name="{name}_KFE" axis="0 1 0"/>'
+            f'<geom type="capsule" size=".015" fromto="0 0 0 {.08795 * f} {.01305 * s} -.3155" mass=".4"/>'
+            f'<geom type="sphere" size=".03" pos="{.08795 * f} {.01305 * s} -.3155" mass=".15"/></body></body></body>')
+    joints = [f"{leg}_{j}" for leg in ("LF", "RF", "LH", "RH") for j in ("HAA", "HFE", "KFE")]
+    motors = "".join(f'<motor joint="{j}" gear="200" ctrlrange="-1 1"/>' for j in joints)
+    return _scene('<default><joint stiffness="85" damping="2" armature=".006"/><geom friction=".75"/></default>',
+                  '<body name="torso" pos="0 0 .55"><freejoint/><geom type="capsule" size=".1" '
+                  f'fromto="-.275 0 0 .275 0 0" mass="27.8"/>{legs}</body>', motors)
+
+
+_MUSCLES = """gluteus_max 1853: P -.09 .04 .97; P -.09 .10 .90; F -.005 .135 .80
+gluteus_med 2200: P -.03 .10 1.04; F -.01 .157 .90
+gluteus_min 595: P -.01 .10 1.02; F 0 .157 .90
+iliacus 622: P -.02 .10 1.05; P .03 .085 .96; F -.02 .112 .86
+adductors 880: P .043 .025 .918; F 0 .105 .72
+adductor_magnus 1297: P -.02 .04 .88; F -.005 .115 .70
+medial_hamstrings 1465: P -.06 .075 .90; F -.045 .085 .56; T -.03 .07 .49
+biceps_long 705: P -.064 .071 .90; F -.045 .12 .56; T -.036 .138 .489
+biceps_short 316: F 0 .115 .68; T -.033 .138 .489
+rectus_femoris 849: P .015 .106 .977; F .04 .10 .59; T .036 .095 .50
+vastus_lat 2255: F 0 .155 .88; F .04 .115 .59; T .036 .10 .50
+vastus_med_int 3190: F .003 .118 .87; F .04 .085 .59; T .036 .085 .50
+sartorius_gracilis 251: P .031 .124 1.0; F -.02 .065 .57; T 0 .08 .455
+tensor_fasciae 233: P .01 .138 1.045; F 0 .165 .88; T .01 .12 .49
+gastrocnemius 1914: F -.012 .10 .565; T -.055 .10 .47; A -.097 .08 .035
+soleus 3586: T -.035 .11 .47; A -.097 .08 .03
+tibialis_ant_extensors 1530: T -.01 .125 .48; T .005 .085 .11; A .025 .075 .036
+tibialis_post_flexors 1890: T -.025 .10 .42; T -.06 .065 .085; A .01 .07 .03
+peronei 1049: T -.03 .125 .44; T -.06 .105 .085; A -.01 .115 .025"""   # name, newtons: way-points on bodies, metres
+
+
+def _muscle_xml():
+    """Pelvis and two legs (37 kg) pulled by 152 muscles: 19 groups x 4 fascicles per leg, each a straight tendon over
+    way-points of the rest pose (x forward, outward, up) with the constant tension activation x 0.36 x F0 / 4."""
+    origin = {"P": (-.031, 0, .981), "F": (-.012, .09, .934), "T": (-.01, .1, .539), "A": (-.042, .08, .078),
+              "toe1": (.069, .078, .02), "toe2": (.049, .123, .014)}
+    box = {"P": (.129, .208, .145, 15, -.031, 0, .981), "F": (.14, .127, .404, 7, -.023, .096, .724),
+           "T": (.114, .12, .416, 3, -.034, .093, .302), "A": (.157, .076, .05, .6, -.024, .083, .04),
+           "toe1": (.056, .041, .026, .2, .094, .077, .027), "toe2": (.056, .041, .026, .2, .081, .124, .027)}
+    joint = {"F": 'type="ball" range="0 2"', "T": 'axis="0 1 0" range="0 2.3"', "A": 'type="ball" range="0 1"',
+             "toe1": 'axis="0 1 0" range="-.6 .6"', "toe2": 'axis="0 1 0" range="-.6 .6"'}
+    sites, tendons, motors = {}, "", ""
+    for side, s in (("right", -1), ("left", 1)):
+        for line in _MUSCLES.splitlines():
+            (name, force), path = line.split(":")[0].split(), [p.split() for p in line.split(":")[1].split(";")]
+            for k in range(4):
+                muscle, wrap = f"{side}_{name}_{k}", ""
+                for i, (part, *at) in enumerate(path):
+                    via = 0 < i < len(path) - 1                        # the ends of a broad muscle lie further apart
+                    x, o, z = np.array(at, float) + (k - 1.5) * np.array([.003 if via else .006, .003, 0])
+                    x, o, z = np.array([x, o, z]) - origin[part]
+                    body = part if part == "P" else side + part
+                    sites[body] = sites.get(body, "") + f'<site name="{muscle}_{i}" pos="{x} {s * o} {z}"/>'
+                    wrap += f'<site site="{muscle}_{i}"/>'
+                tendons += f'<spatial name="{muscle}">{wrap}</spatial>'
+                motors += (f'<general name="{muscle}" tendon="{muscle}" ctrlrange="0 1" '
+                           f'gainprm="{-.36 * float(force) / 4}"/>')    # negative: a muscle only pulls
+
+    def body(part, parent, side, s, inner):
+        (ox, oo, oz), (a, b, c, mass, x, o, z) = np.subtract(origin[part], origin[parent]), box[part]
+        x, o, z = np.subtract((x, o, z), origin[part])
+        return (f'<body name="{side}{part}" pos="{ox} {s * oo} {oz}"><joint {joint[part]} limited="true" '
+                f'armature=".05" stiffness="{5 * (mass / 15) ** .5}" damping="{2 + 10 * mass / 15}"/>'
+                f'<geom type="box" size="{a / 2} {b / 2} {c / 2}" pos="{x} {s * o} {z}" mass="{mass}"/>'
+                f'{sites.get(side + part, "")}{inner}</body>')
+
+    legs = ""
+    for side, s in (("right", -1), ("left", 1)):
+        toes = body("toe1", "A", side, s, "") + body("toe2", "A", side, s, "")
+        legs += body("F", "P", side, s, body("T", "F", side, s, body("A", "T", side, s, toes)))
+    a, b, c = np.divide(box["P"][:3], 2)
+    return _scene('<default><geom friction=".5"/><site size=".005"/></default>',
+                  f'<body name="torso" pos="0 0 1"><freejoint/><geom type="box" size="{a} {b} {c}" mass="15"/>'
+                  f'{sites["P"]}{legs}</body>', motors, tendons)
+
+
+def _scene(defaults, body, actuators, tendons=""):
+    return (f'<mujoco><compiler angle="radian"/>{defaults}<asset><texture name="grid" type="2d" builtin="checker" '
+            'width="300" height="300" rgb1=".2 .3 .4" rgb2=".3 .4 .5"/><material name="grid" texture="grid" '
+            'texrepeat="60 60"/></asset><worldbody><light pos="0 0 4" dir="0 0 -1"/>'
+            f'<geom name="floor" type="plane" size="40 40 1" material="grid"/>{body}</worldbody>'
+            f'<tendon>{tendons}</tendon><actuator>{actuators}</actuator></mujoco>')
+
+
+@functools.cache
+def _body_model(task):
+    """The compiled MuJoCo model of a body: 1/240 s, implicitfast, only the floor is touched."""
+    import mujoco
+    if task in ("hopper", "ant"):
+        spec = mujoco.MjSpec.from_file(_asset("gymnasium", "envs", "mujoco", "assets", f"{task}.xml"))
+    elif task == "humanoid":
+        spec = mujoco.MjSpec.from_file(_asset("dm_control", "suite", "humanoid.xml"))
+        for motor in spec.actuators:
+            motor.gear = motor.gear * 1.75        # 35, 70, 140 and 210 N m as in the reference
+    else:
+        spec = mujoco.MjSpec.from_string(_anymal_xml() if task == "anymal" else _muscle_xml())
+    spec.option.timestep, spec.option.integrator = 1 / 240, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET       # a broken row shall be seen, see advance
+    for geom in spec.geoms:
+        geom.contype, geom.conaffinity = int(geom.name == "floor"), 1
+    return spec.compile()
+
+
+class _Body:
+    """A body of LOCOMOTION: start, observation, reward and end for n rows at once, and its physics on some threads.
+
+    Like the task of the same name in PWM's simulator (not its numbers: other physics), control at 60 Hz. Observation:
+      hopper  height - 1.25, pitch, joints (3), then their rates
+      others  height (1), root quaternion wxyz (4), linear and angular velocity in the world (3, 3), joints (J), their
+              rates / 10 (J), upright (1), heading (1) and, but for the muscles, the previous action (J)
+    The reward is that of the state before the step and the action. Action i drives joint i of the observation with
+    [-1, 1] times its torque; of the muscles, activation (action + 1) / 2.
+    state: (n, 1 + nq + nv) time, qpos, qvel as MuJoCo packs them."""
+
+    SUBSTEPS = 4
+
+    def __init__(self, task, threads=1):
+        import mujoco
+        from mujoco import rollout
+        self.task, self.model, self.facts = task, _body_model(task), task_facts(task)
+        self._pool = rollout.Rollout(nthread=threads if threads > 1 else 0)
+        self._data = [mujoco.MjData(self.model) for _ in range(threads)]
+        m = self.model
+        self.nq, self.muscles = m.nq, task == "muscle-humanoid"
+        # Files list motors in their own order (ant.xml begins with the fourth leg): sort them by joint.
+        self._action_of = np.arange(m.nu) if self.muscles else np.argsort(np.argsort(m.actuator_trnid[:, 0]))
+        self._rest = np.zeros(m.nq)
+        self._rest[1 if task == "hopper" else 2] = self.height = {
+            "hopper": 1.25, "ant": 0.75, "anymal": 0.55, "humanoid": 1.35, "muscle-humanoid": 1.0}[task]
+        self.floor = {"hopper": 0.8, "ant": 0.27, "anymal": 0.25, "humanoid": 0.74, "muscle-humanoid": 0.46}[task]
+        if task != "hopper":
+            self._rest[3] = 1
+        if task == "ant":
+            self._rest[7:] = 0, 1, 0, -1, 0, -1, 0, 1
+        if task == "anymal":                      # HAA, HFE, KFE of LF, RF, LH, RH
+            self._rest[7:] = .03, .4, -.8, -.03, .4, -.8, .03, -.4, .8, -.03, -.4, .8
+        kinds = m.jnt_type[m.jnt_type != mujoco.mjtJoint.mjJNT_FREE]
+        self._balls = [int(a) for a, kind in zip(m.jnt_qposadr[-len(kinds):], kinds)
+                       if kind == mujoco.mjtJoint.mjJNT_BALL]
+        for a in self._balls:
+            self._rest[a] = 1
+
+    def close(self):
+        self._pool.close()
+
+    def start(self, rng):
+        """One row (1 + nq + nv) around the rest pose: u in [-.5, .5], hopper 0.1 u everywhere; others 0.2 u m, 15
+        degrees x u about a random axis, 0.4 u rad per joint, 0.5 u for all velocities (reference code)."""
+        q, u = self._rest.copy(), lambda n: rng.uniform(-0.5, 0.5, n)
+        if self.task == "hopper":
+            return np.concatenate([[0.0], q + 0.1 * u(6), 0.1 * u(6)])
+        q[:3] += 0.2 * u(3)
+        axis, angle = u(3), u(1)[0] * math.pi / 12
+        q[3:7] = _quaternion(angle * axis / max(np.linalg.norm(axis), 1e-9))
+        turn = np.ones(len(q), bool)
+        turn[:7] = False
+        for a in self._balls:                     # turned: noise on its numbers would not stay a rotation
+            q[a:a + 4], turn[a:a + 4] = _quaternion(0.4 * u(3)), False
+        q[turn] += 0.4 * u(int(turn.sum()))
+        return np.concatenate([[0.0], q, 0.5 * u(self.model.nv)])
+
+    def observe(self, state, last):
+        """state (n, 1 + nq + nv), last actions (n, A) -> (n, O) float64."""
+        q, v = state[:, 1:1 + self.nq], state[:, 1 + self.nq:]
+        if self.task == "hopper":
+            return np.concatenate([q[:, 1:2] - 1.25, q[:, 2:], v], 1)
+        w, x, y, z = q[:, 3:7].T
+        axis, spin = q[:, 4:7], v[:, 3:6]         # MuJoCo keeps the angular velocity in the body's frame
+        side = np.cross(axis, spin)
+        spin = spin + 2 * (w[:, None] * side + np.cross(axis, side))
+        upright, heading = 1 - 2 * (x * x + y * y), 1 - 2 * (y * y + z * z)             # R[2, 2], R[0, 0]
+        return np.concatenate([q[:, 2:7], v[:, :3], spin, q[:, 7:], 0.1 * v[:, 6:], upright[:, None],
+                               heading[:, None], *([] if self.muscles else [last])], 1)
+
+    def reward(self, obs, act):
+        """Reward (n,) of observations (n, O) before the step and clipped actions (n, A): forward speed plus posture
+        (Table 2, with the constants of the released code)."""
+        if self.task == "hopper":                 # h - 0.95: 0.15 m above the height where it ends
+            return (obs[:, 5] + _height_term(obs[:, 0] + 0.3, 0.3, 1) + 1 - (obs[:, 1] / (math.pi / 6)) ** 2
+                    - 0.1 * (act * act).sum(1))
+        J = len(self._action_of) if not self.muscles else 0
+        upright, heading = obs[:, -2 - J], obs[:, -1 - J]
+        rew = obs[:, 5] + 0.1 * upright + heading
+        if self.muscles:
+            return rew - 0.001 * ((act + 1) / 2).sum(1)
+        if self.task == "humanoid":
+            return rew + _height_term(obs[:, 0] - 0.84, 0.1, 10) - 0.002 * (act * act).sum(1)
+        return rew + obs[:, 0] - self.floor - (0.005 if self.task == "anymal" else 0) * (act * act).sum(1)
+
+    def advance(self, state, act):
+        """One control step: state (n, 1 + nq + nv), act (n, A) in [-1, 1] -> next state, terminated (n,).
+
+        A row whose numbers explode keeps its old state and ends: nothing that is not finite comes back."""
+        ctrl = (act + 1) / 2 if self.muscles else act[:, self._action_of]
+        out, _ = self._pool.rollout(self.model, self._data, state,
+                                    np.repeat(ctrl[:, None].astype(np.float64), self.SUBSTEPS, 1))
+        after = out[:, -1]
+        broken = ~(np.abs(after) < 1e6).all(1)    # also true for NaN
+        after[broken] = state[broken]
+        return after, broken | (after[:, 2 if self.task == "hopper" else 3] < self.floor)
+
+
+def _height_term(x, top, slope):
+    """-200 x^2 below 0, slope x above, for x clipped to [-1, top]."""
+    x = np.clip(x, -1, top)
+    return np.where(x < 0, -200 * x * x, slope * x)
+
+
+def _quaternion(turn):
+    """Rotation vector (3,) -> wxyz with w >= 0 (angles up to pi)."""
+    angle = np.linalg.norm(turn)
+    return np.concatenate([[math.cos(angle / 2)], np.asarray(turn) * (math.sin(angle / 2) / max(angle, 1e-9))])
+
+
+class _Walker(_Env):
+    """A single body of LOCOMOTION, equal to a row of Herd."""
+
+    def __init__(self, task, seed, obs, size):
+        self._env = _Body(task)
+        self._renderer = None
+        self._setup(task, seed, obs, size, task_facts(task))
+
+    def _restart(self, seed):
+        self._state, self._last = self._env.start(self.np_random)[None], np.zeros((1, self.facts.act_dim))
+        return self._env.observe(self._state, self._last)[0]
+
+    def _advance(self, action):
+        action = action[None].astype(np.float64)
+        rew = self._env.reward(self._env.observe(self._state, self._last), action)[0]
+        self._state, ended = self._env.advance(self._state, action)
+        self._last = action
+        return self._env.observe(self._state, action)[0], rew, ended[0], False, 0.0
+
+    def _frame(self):
+        import mujoco
+        if self._renderer is None:
+            self._renderer, self._drawn = mujoco.Renderer(self._env.model, 256, 256), mujoco.MjData(self._env.model)
+        d, state = self._drawn, self._state[0]
+        d.qpos[:], d.qvel[:] = state[1:1 + self._env.nq], state[1 + self._env.nq:]
+        mujoco.mj_forward(self._env.model, d)
+        camera = mujoco.MjvCamera()
+        camera.lookat[:], camera.distance = d.body("torso").xpos, 3 * max(self._env.height, 1)
+        camera.azimuth, camera.elevation = 90, -12
+        self._renderer.update_scene(d, camera)
+        return self._renderer.render()
+
+
+class Herd:
+    """n bodies of one LOCOMOTION task stepping together in this process on some threads (context manager).
+
+        with Herd("ant", 64) as herd:
+            obs = herd.reset()                                        # (n, O) float32
+            obs, rew, terminated, truncated, last = herd.step(act)    # act (n, A)
+
+    A row that ends restarts at once: its `obs` is the first of the next episode and `last` the one that ended it (V of
+    `last` is the bootstrap of a truncated row; a terminated row has none). Episode k of row i starts from the seed
+    (seed, i, k), whatever the number of threads (default: all cores)."""
+
+    def __init__(self, task, n, seed=0, threads=None):
+        threads = (os.cpu_count() or 1) if threads is None else threads
+        if task not in LOCOMOTION:
+            raise SystemExit(f"Herd steps {', '.join(LOCOMOTION)}, not {task!r}: use Workers for other tasks")
+        if n < 1 or threads < 1:
+            raise SystemExit(f"Herd got n={n}, threads={threads}; expected 1 or more of each")
+        self.task, self.n, self.seed, self.facts = task, n, seed, task_facts(task)
+        self._body = _Body(task, threads)
+        self._state = np.zeros((n, 1 + self._body.nq + self._body.model.nv))
+        self._last, self.t, self._episode = np.zeros((n, self.facts.act_dim)), np.zeros(n, int), np.zeros(n, int)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """Stop the threads."""
+        self._body.close()
+
+    def _begin(self, rows):
+        for i in rows:
+            self._state[i] = self._body.start(np.random.default_rng([self.seed, i, self._episode[i]]))
+        self._last[rows], self.t[rows] = 0, 0
+        self._episode[rows] += 1
+
+    def reset(self):
+        """Start an episode in every row -> obs (n, O) float32."""
+        self._begin(np.arange(self.n))
+        return self._body.observe(self._state, self._last).astype(np.float32)
+
+    def step(self, act):
+        """act (n, A) -> obs (n, O), rew (n,) float32, terminated (n,), truncated (n,) bool, last (n, O)."""
+        act = np.clip(np.asarray(act, np.float64), -1, 1)
+        if act.shape != self._last.shape or not np.isfinite(act).all():
+            raise _bad_actions(self.task, act, self._last.shape)
+        rew = self._body.reward(self._body.observe(self._state, self._last), act)
+        self._state, terminated = self._body.advance(self._state, act)
+        self._last, self.t = act, self.t + 1
+        truncated = ~terminated & (self.t >= self.facts.episode_length)
+        last = obs = self._body.observe(self._state, act).astype(np.float32)
+        if len(rows := np.flatnonzero(terminated | truncated)):
+            self._begin(rows)
+            obs = self._body.observe(self._state, self._last).astype(np.float32)
+        return obs, rew.astype(np.float32), terminated, truncated, last
+
+
+def _bad_actions(task, act, shape):
+    return SystemExit(f"{task}: the policy gave actions of shape {act.shape}, "
+                      f"{'' if np.isfinite(act).all() else 'not '}all finite; expected finite {shape}, one row per "
+                      "observation")
+
+
+def _herd_rollout(jobs, policy, progress, max_envs, threads):
+    """Workers.rollout for jobs of one body of LOCOMOTION: the same episodes, in this process."""
+    task, facts = jobs[0][0], task_facts(jobs[0][0])
+    body, todo, results = _Body(task, threads), list(range(len(jobs)))[::-1], [None] * len(jobs)
+    n = min(len(jobs), max_envs)
+    state, last = np.zeros((n, 1 + body.nq + body.model.nv)), np.zeros((n, facts.act_dim))
+    job, t = np.full(n, -1), np.zeros(n, int)
+    books = [None] * n
+    done, calls = 0, 0
+
+    def begin(i):
+        job[i] = todo.pop() if todo else -1
+        if job[i] >= 0:
+            state[i], last[i], t[i] = body.start(np.random.default_rng(jobs[job[i]][1])), 0, 0
+            books[i] = [body.observe(state[i:i + 1], last[i:i + 1])[0].astype(np.float32)], [], [], []
+
+    try:
+        for i in range(n):
+            begin(i)
+        while len(live := np.flatnonzero(job >= 0)):
+            obs = body.observe(state[live], last[live])
+            act = np.asarray(policy(obs.astype(np.float32), job[live], t[live]), np.float32)
+            if act.shape != (len(live), facts.act_dim) or not np.isfinite(act).all():
+                raise _bad_actions(task, act, (len(live), facts.act_dim))
+            clipped = np.clip(act, -1, 1).astype(np.float64)
+            rew = body.reward(obs, clipped)
+            state[live], ended = body.advance(state[live], clipped)
+            last[live], t[live] = clipped, t[live] + 1
+            after = body.observe(state[live], last[live]).astype(np.float32)
+            for k, i in enumerate(live):
+                for book, x in zip(books[i], (after[k], act[k], float(rew[k]), bool(ended[k]))):
+                    book.append(x)
+                if ended[k] or t[i] >= facts.episode_length:
+                    o, a, r, e = books[i]
+                    results[job[i]] = dict(task=task, seed=jobs[job[i]][1], obs=np.stack(o), act=np.stack(a),
+                                           rew=np.array(r, np.float32), term=np.array(e), success=0.0,
+                                           ret=float(sum(r)))
+                    done += facts.episode_length          # progress counts full lengths, as they were expected
+                    begin(i)
+            calls += 1
+            if progress and (calls % 20 == 0 or not (job >= 0).any()):
+                progress(int(done + t[job >= 0].sum()), len(jobs) * facts.episode_length)
+    finally:
+        body.close()
+    return results
+
+
+# -------------------------------------------------------------------------------- toys (PWM Sec. 3, App. A and B)
+class BallWall:
+    """A ball thrown at angle theta from the origin with 10 m/s, pushed forward with 1 m/s^2, flies for 2 s or sticks to
+    a wall 5 m away whose top is at height 0 (Fig. 2). All in batched torch; theta in radians, any shape."""
+
+    SPEED, PUSH, TIME, GRAVITY, WALL, TOP = 10.0, 1.0, 2.0, -9.81, 5.0, 0.0
+
+    def distance(self, theta, k=1.0):
+        """Metres flown f(theta). k=1 is the contact time of paper and code, k=2 the right one: the ball is at the wall
+        at t_c = (-v cos + sqrt((v cos)^2 + k a w)) / a."""
+        import torch
+        vx, vy = self.SPEED * theta.cos(), self.SPEED * theta.sin()
+        t = (-vx + (vx * vx + k * self.PUSH * self.WALL).sqrt()) / self.PUSH
+        hit = (vy * t + self.GRAVITY * t * t / 2 < self.TOP) & (t < self.TIME)
+        free = vx * self.TIME + self.PUSH * self.TIME**2 / 2
+        return torch.where(hit, torch.full_like(free, self.WALL), free)
+
+    def cost(self, theta, k=1.0):
+        """J(theta) = -f(theta), to be minimised over [-pi, pi]."""
+        return -self.distance(theta, k)
+
+    def path(self, theta, n=60):
+        """Positions (n, 2) of one flight in metres, stopped at the wall; for the sketch."""
+        import torch
+        t = torch.linspace(0, self.TIME, n)
+        x = self.SPEED * math.cos(theta) * t + self.PUSH * t * t / 2
+        y = self.SPEED * math.sin(theta) * t + self.GRAVITY * t * t / 2
+        stop = ((x >= self.WALL) & (y < self.TOP)).long().cumsum(0) > 0
+        flown = int((~stop).sum())
+        return torch.stack([x, y], 1)[:flown]
+
+
+class DoublePendulum:
+    """Two uniform rods (1 kg, 1 m) hanging from a fixed hinge, a torque of 20 N m x action on the elbow only (App. B).
+
+    state (.., 4): theta1 from upright, theta2 relative to the first rod (rad), and their rates (rad/s). One step is
+    1/60 s by fourth-order Runge-Kutta in batched torch and differentiable. Undamped and
+    unforced it keeps its energy to 0.15 J over the 240 steps of a fall from near upright, where 20 J turn over."""
+
+    TORQUE, FRICTION, G, DT, STEPS = 20.0, 0.05, 9.81, 1 / 60, 240
+
+    def reset(self, n, generator=None, dtype=None):
+        """n start states (n, 4): angles within +-pi/2, rates within +-0.25."""
+        import torch
+        u = torch.rand(n, 4, generator=generator, dtype=torch.float64) - 0.5
+        return (u * torch.tensor([math.pi, math.pi, 0.5, 0.5])).to(dtype or torch.get_default_dtype())
+
+    def acceleration(self, state, torque, friction):
+        """M(q) q'' = (0, torque) - C - G - friction q', solved in closed form -> (.., 2)."""
+        import torch
+        a1, a2, v1, v2 = state.unbind(-1)
+        c2, s2, g = a2.cos(), a2.sin(), self.G
+        m22 = 1 / 12 + 1 / 4                      # I + m lc^2 with lc = 1/2, I = 1/12
+        m12 = m22 + c2 / 2
+        m11 = 1 / 6 + 1 / 4 + 1.25 + c2           # 2 I + m lc^2 + m (l^2 + lc^2 + 2 l lc cos)
+        h = s2 / 2
+        swing = 0.5 * g * (a1 + a2).sin()         # gravity topples: theta = 0 is upright
+        b1 = h * (2 * v1 * v2 + v2 * v2) + 1.5 * g * a1.sin() + swing - friction * v1
+        b2 = torque - h * v1 * v1 + swing - friction * v2
+        det = m11 * m22 - m12 * m12
+        return torch.stack([m22 * b1 - m12 * b2, m11 * b2 - m12 * b1], -1) / det[..., None]
+
+    def step(self, state, act, friction=FRICTION):
+        """state (.., 4), act (.., 1) in [-1, 1] -> the state 1/60 s later."""
+        import torch
+        torque = self.TORQUE * act[..., 0]
+
+        def slope(x):
+            return torch.cat([x[..., 2:], self.acceleration(x, torque, friction)], -1)
+
+        k1 = slope(state)
+        k2 = slope(state + self.DT / 2 * k1)
+        k3 = slope(state + self.DT / 2 * k2)
+        k4 = slope(state + self.DT * k3)
+        return state + self.DT / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+    def observe(self, state):
+        """(.., 4) -> (.., 6): cos and sin of both angles, both rates."""
+        import torch
+        a = state[..., :2]
+        return torch.stack([a.cos()[..., 0], a.sin()[..., 0], a.cos()[..., 1], a.sin()[..., 1],
+                            state[..., 2], state[..., 3]], -1)
+
+    def state(self, obs):
+        """The inverse of observe, with angles in [-pi, pi]: (.., 6) -> (.., 4)."""
+        import torch
+        return torch.stack([torch.atan2(obs[..., 1], obs[..., 0]), torch.atan2(obs[..., 3], obs[..., 2]),
+                            obs[..., 4], obs[..., 5]], -1)
+
+    def reward(self, obs):
+        """-wrap(theta1)^2 - wrap(theta2)^2 - 0.1 (rates squared), of the state after a step (reference code)."""
+        return -(self.state(obs).square() @ obs.new_tensor([1.0, 1.0, 0.1, 0.1]))
+
+    def energy(self, state):
+        """Kinetic plus potential energy in joules, zero at the hinge's height: (.., 4) -> (..)."""
+        a1, a2, v1, v2 = state.unbind(-1)
+        m22, c2 = 1 / 3, a2.cos()
+        kinetic = (5 / 3 + c2) * v1 * v1 / 2 + (m22 + c2 / 2) * v1 * v2 + m22 * v2 * v2 / 2
+        return kinetic + self.G * (1.5 * a1.cos() + 0.5 * (a1 + a2).cos())
+
+
+def plant(task):
+    """The differentiable plant of a task of TOY (BallWall or DoublePendulum), None for any other task."""
+    return {"ball-wall": BallWall, "double-pendulum": DoublePendulum}.get(task, lambda: None)()
+
+
+class _Toy(_Env):
+    """A task of TOY as an environment: ball-wall is one throw (theta = pi x action, reward the distance, then it ends);
+    the pendulum is truncated after 240 steps. They are not drawn."""
+
+    def __init__(self, task, seed, obs, size):
+        if obs == "pixels":
+            raise SystemExit(f"{task} draws no frames: use obs='state'")
+        self.plant = plant(task)
+        self._env = SimpleNamespace(close=lambda: None)
+        self._setup(task, seed, obs, size, task_facts(task))
+
+    def _restart(self, seed):
+        import torch
+        if self.task == "ball-wall":
+            return np.zeros(1)
+        g = torch.Generator().manual_seed(int(self.np_random.integers(2**31)))
+        self._state = self.plant.reset(1, g, torch.float64)
+        return self.plant.observe(self._state)[0].numpy()
+
+    def _advance(self, action):
+        import torch
+        a = torch.as_tensor(action, dtype=torch.float64)
+        if self.task == "ball-wall":
+            return np.zeros(1), float(self.plant.distance(math.pi * a)[0]), True, False, 0.0
+        self._state = self.plant.step(self._state, a[None])
+        obs = self.plant.observe(self._state)
+        return obs[0].numpy(), float(self.plant.reward(obs)[0]), False, False, 0.0
+
+    def _frame(self):
+        raise SystemExit(f"{self.task} draws no frames: use obs='state'")
+
+
 # -------------------------------------------------------------------------------- roll-outs
 def _spawn(function):
     """Call a function of this file with a pipe's file number in a fresh interpreter -> (process, connection)."""
@@ -673,6 +1210,8 @@ class Workers:
         jobs = [(task, int(seed)) for task, seed in jobs]
         if not jobs:
             return []
+        if jobs[0][0] in LOCOMOTION and len({task for task, _ in jobs}) == 1:
+            return _herd_rollout(jobs, policy, progress, self.max_envs, self.n)   # in this process, on n threads
         facts = {task: task_facts(task) for task in dict.fromkeys(task for task, _ in jobs)}
         steps = np.array([facts[task].episode_length for task, _ in jobs])
         width, act_dim = (max(f[k] for f in facts.values()) for k in (0, 1))
@@ -922,6 +1461,32 @@ def _throughput(tasks):
     print(json.dumps({"agent_steps_per_second": table, "environments": 8, "cpus": os.cpu_count()}))
 
 
+def _herd_throughput(tasks=LOCOMOTION, rows=64, seconds=3.0):
+    """Print environment steps per second of Herd with random actions, restarts included: wall clock with 1 thread and
+    with all cores, and per CPU-second of one core; then the same as JSON."""
+    rng, table = np.random.default_rng(0), {}
+    for task in tasks:
+        table[task] = {}
+        for threads in dict.fromkeys((1, os.cpu_count() or 1)):
+            with Herd(task, rows, threads=threads) as herd:
+                herd.reset()
+                act, n = rng.uniform(-1, 1, (50, rows, herd.facts.act_dim)), 0
+                wall, cpu = time.perf_counter(), time.process_time()
+                while time.perf_counter() - wall < seconds:
+                    herd.step(act[n % 50])
+                    n += 1
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            table[task][f"{threads} thread{'s' * (threads > 1)}"] = {
+                "per_second": round(rows * n / wall), "per_cpu_second": round(rows * n / cpu)}
+    for task, rates in table.items():
+        print(f"{task:18}" + "".join(f"{k}: {r['per_second']:8,}/s, {r['per_cpu_second']:8,}/CPU-s   "
+                                     for k, r in rates.items()))
+    print(json.dumps({"command": "python envs.py locomotion", "rows": rows, "cpus": os.cpu_count(),
+                      "environment_steps": table}))
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["locomotion"]:
+        sys.exit(_herd_throughput())
     one_per_domain = {task.split("-")[0]: task for task in ("mw-reach", *MT30[::-1])}
     _throughput(sys.argv[1:] or list(one_per_domain.values()))

@@ -7,6 +7,8 @@ policies} make it. TD-MPC2's policy prior, Q ensemble and MPPI planner are here 
 
     python pwm.py --task cartpole-swingup     # 2 CPU cores, no data: see README for minutes and return
     python pwm.py --task mt30                 # thirty policies and a table beside the paper's
+    python pwm.py --task hopper               # one body of LOCOMOTION or a gymnasium id: episodes that end (--episodic)
+    python pwm.py --task ball-wall            # Fig. 2; --task double-pendulum: Fig. 3, and SHAC on the true plant
 
 Copy me together with envs.py and data.py. Shapes: N tasks, B batch, H horizon, O obs, A action, L latent, E critics
 or Qs, K = 101 bins; time first: obs (H+1, B, O), act (H, B, A), rew (H, B); stacked networks (N, ..).
@@ -20,6 +22,10 @@ Deviations from the paper (the released code's own are not repeated):
  5. Actions are masked to the task's own dimensions in imagination too; the release lets policies use untrained inputs.
  6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)); start states come from every episode.
  7. Own data: half of the roll-outs with current policies are disturbed by short random actions (see `collect`).
+ 8. Single tasks that end (--episodic): a head learns which steps end an episode, and imagined returns are weighted by
+    the probability that it goes on. The release has no such head: it steps the real environment along for its flags.
+ 9. There, rewards are divided by their deviation and not centred, which would make an end as good as going on; and own
+    data of mixed quality take the place of SHAC's. Imagination starts from every stored state, not at the robot's.
 """
 import contextlib
 import copy
@@ -46,7 +52,9 @@ import torch.nn.functional as F
 import tyro
 
 from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
-from envs import MT30, MT80, Workers, make_env, score, task_facts
+from envs import SUITES, Workers, make_env, plant, score, task_facts
+
+MT30, MT80 = SUITES["mt30"], SUITES["mt80"]
 
 
 @dataclass
@@ -78,15 +86,19 @@ class Args:
     data_dir: str | None = None
     """published chunk_*.pt (converted once into data_dir/episodes) or a folder of episodes; without it data is made"""
 
+    episodic: bool | None = None
+    """the paper's single-task variant: a scalar head for scaled rewards, learnt ends of episodes, short episodes used,
+    roll-outs counted in steps; default: for one body of LOCOMOTION or one gymnasium id (deviations 8 and 9)"""
+
     # budget: left out, these follow from device and number of tasks and are printed at the start
     model_size: Literal[1, 5, 19, 48, 317] | None = None
     """millions of parameters of the TD-MPC2 agent with this world model (Table 1 uses 48)"""
     rounds: int | None = None
     """own data: rounds of {roll out, train the world model, improve all policies}"""
     seed_episodes: int | None = None
-    """own data: episodes per task with random actions in the first round"""
+    """own data: episodes per task with random actions in the first round (--episodic: or as many short ones)"""
     round_episodes: int | None = None
-    """own data: episodes per task with the current policies in each later round"""
+    """own data: episodes per task with the current policies in each later round (episodic: as above)"""
     wm_steps: int | None = None
     """world-model gradient steps over all rounds (published models: 4.9 million on MT30)"""
     wm_batch: int | None = None
@@ -135,6 +147,8 @@ class Args:
     # evaluation
     eval_episodes: int | None = None
     """deterministic episodes per task at the end, and as many of a random policy (default 10)"""
+    seeds: int | None = None
+    """toys: networks of ball-wall (default 100), learned models per horizon of double-pendulum (default 3)"""
     planner_episodes: int = 0
     """also train TD-MPC2's prior and Q on the same model and data, and evaluate its planner for so many episodes"""
     save_every: float = 60.0
@@ -181,16 +195,36 @@ def two_hot_loss(logits, x):
     return -((1 - frac) * logp.gather(-1, k)[..., 0] + frac * logp.gather(-1, (k + 1) % BINS)[..., 0])
 
 
-def lambda_return(rew, value, gamma, lam):
+def lambda_return(rew, value, gamma, lam, alive=None):
     """TD(lambda) targets, Eqs. (7)-(8): G_h = r_h + gamma [(1-lam) v_{h+1} + lam G_{h+1}], G_H = v_H.
 
-    rew (H, ..), value (H+1, ..) with value[h] = V(z_h); value[0] is not used. Returns G (H, ..).
+    rew (H, ..), value (H+1, ..) with value[h] = V(z_h); value[0] is not used. alive (H, ..): probability that the
+    episode goes on after step h, which multiplies gamma there. Returns G (H, ..).
     """
     G, out = value[-1], []
     for h in reversed(range(len(rew))):
-        G = rew[h] + gamma * ((1 - lam) * value[h + 1] + lam * G)
+        g = gamma if alive is None else gamma * alive[h]
+        G = rew[h] + g * ((1 - lam) * value[h + 1] + lam * G)
         out.append(G)
     return torch.stack(out[::-1])
+
+
+def reward_loss(logits, x):
+    """Error of a reward head (..), x (..): cross-entropy of 101 logits (App. C.1), squared error of a scalar head."""
+    return (logits[..., 0] - x).square() if logits.shape[-1] == 1 else two_hot_loss(logits, x)
+
+
+def reward_value(logits, pseudo=False):
+    """What a reward head (.., 101) or (.., 1) predicts, (..)."""
+    return logits[..., 0] if logits.shape[-1] == 1 else two_hot_inv(logits, pseudo)
+
+
+def batch_mean(x, live=None):
+    """Mean over all axes but the first, with live (H, B) = 0 counting as 0: x (H, B, ..) -> (H,)."""
+    if live is None:
+        return x.mean(tuple(range(1, x.ndim)))
+    x = x.flatten(2).mean(2) if x.ndim > 2 else x
+    return (x * live).mean(1)  # of the whole batch, so that several ranks average to what one computes
 
 
 class FastMish(torch.autograd.Function):
@@ -260,10 +294,12 @@ class WorldModel(nn.Module):
 
     obs (.., B, O), act (.., B, A), task (B,) ints, z (.., B, L). Observations and actions are zero-padded to the widest
     task; `act_dims[task]` entries of an action are real and the rest is masked.
+    `episodic` is the single-task variant: a scalar head for rewards divided by `rew_std`, and a head for ends.
     """
 
-    def __init__(self, obs_dim, act_dims, enc_layers, enc_hidden, hidden, latent, task_dim):
+    def __init__(self, obs_dim, act_dims, enc_layers, enc_hidden, hidden, latent, task_dim, episodic=False):
         super().__init__()
+        self.episodic = bool(episodic)
         self.obs_dim, self.act_dims, self.latent, self.task_dim = obs_dim, tuple(act_dims), latent, task_dim
         self.tasks = ()  # names of the task rows, where known
         A = max(act_dims)
@@ -275,7 +311,11 @@ class WorldModel(nn.Module):
         i = latent + task_dim + A
         self.dynamics = nn.Sequential(NormedLinear(i, hidden), NormedLinear(hidden, hidden),
                                       NormedLinear(hidden, latent, simnorm))
-        self.reward_head = nn.Sequential(NormedLinear(i, hidden), NormedLinear(hidden, hidden), nn.Linear(hidden, BINS))
+        self.reward_head = nn.Sequential(NormedLinear(i, hidden), NormedLinear(hidden, hidden),
+                                         nn.Linear(hidden, 1 if episodic else BINS))
+        if episodic:
+            self.end_head = nn.Sequential(NormedLinear(latent + task_dim, hidden), nn.Linear(hidden, 1))
+            self.register_buffer("rew_std", torch.ones(()))  # of all rewards collected so far
         if task_dim:
             self.task_emb = nn.Embedding(len(act_dims), task_dim)
             nn.init.uniform_(self.task_emb.weight, -0.02, 0.02)
@@ -294,7 +334,10 @@ class WorldModel(nn.Module):
         return self.dynamics(torch.cat([self.with_task(z, task), act], -1))  # (.., B, L)
 
     def reward(self, z, act, task):
-        return self.reward_head(torch.cat([self.with_task(z, task), act], -1)).float()  # (.., B, 101) logits
+        return self.reward_head(torch.cat([self.with_task(z, task), act], -1)).float()  # (.., B, 101) logits, or 1
+
+    def end(self, z, task):
+        return self.end_head(self.with_task(z, task))[..., 0].float()  # (.., B) logits: the step into z ended it
 
     def forward(self, *batch):  # what DistributedDataParallel calls
         return world_model_loss(self, *batch)
@@ -360,10 +403,10 @@ class Actors(nn.Module):
 
     MIN_LOG_STD = -1.427  # sigma >= 0.24 (App. C.3)
 
-    def __init__(self, act_mask, latent):
+    def __init__(self, act_mask, latent, widths=(400, 200, 100)):
         super().__init__()
         n, A = act_mask.shape
-        self.mu = StackedMLP(n, (latent, 400, 200, 100, A), init_default)
+        self.mu = StackedMLP(n, (latent, *widths, A), init_default)
         self.log_std = nn.Parameter(torch.full((n, 1, A), -1.0))
         self.register_buffer("act_mask", act_mask[:, None].clone(), persistent=False)
 
@@ -381,10 +424,10 @@ class Actors(nn.Module):
 class Critics(nn.Module):
     """E value functions per task: z (N, B, L) -> (N, E, B)."""
 
-    def __init__(self, n, latent, E=3):
+    def __init__(self, n, latent, E=3, widths=(400, 200)):
         super().__init__()
         self.n, self.E = n, E
-        self.v = StackedMLP(n * E, (latent, 400, 200, 1), init_orthogonal)
+        self.v = StackedMLP(n * E, (latent, *widths, 1), init_orthogonal)
 
     def forward(self, z):
         x = z[:, None].expand(-1, self.E, -1, -1).flatten(0, 1)  # (N E, B, L)
@@ -392,10 +435,11 @@ class Critics(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------- losses and updates
-def world_model_loss(wm, obs, act, rew, task, rho):
+def world_model_loss(wm, obs, act, rew, task, rho, term=None, live=None):
     """Eq. (10) with TD-MPC2's weights: consistency 20, reward 0.1, both means over batch, latent and horizon.
 
-    obs (H+1, B, O), act (H, B, A), rew (H, B), task (B,). Returns loss, metrics, z (H+1, B, L), targets (H, B, L).
+    obs (H+1, B, O), act (H, B, A), rew (H, B), task (B,). Episodic: term (H, B) says which steps ended their episode
+    and live (H, B) which are real (1) or beyond the end (0). Returns loss, metrics, z (H+1, B, L), targets (H, B, L).
     """
     with torch.no_grad():  # no slow copy of the encoder: its own output on the next observation is the target
         target = wm.encode(obs[1:], task)  # (H, B, L)
@@ -403,18 +447,26 @@ def world_model_loss(wm, obs, act, rew, task, rho):
     for a in act:
         z.append(wm.next(z[-1], a, task))
     z = torch.stack(z)  # (H+1, B, L)
-    logits = wm.reward(z[:-1], act, task)  # (H, B, 101)
+    logits = wm.reward(z[:-1], act, task)  # (H, B, 101) or (H, B, 1)
+    if wm.episodic:
+        rew = (rew / wm.rew_std).clamp(-5, 5)  # not centred: that would make an end as good as going on (deviation 8)
     discount = rho ** torch.arange(len(act), device=z.device)  # (H,)
-    consistency = (discount * (z[1:] - target).square().mean((1, 2))).mean()
-    reward = (discount * two_hot_loss(logits, rew).mean(1)).mean()
-    return 20 * consistency + 0.1 * reward, dict(consistency=consistency.detach(), reward=reward.detach()), z, target
+    consistency = (discount * batch_mean((z[1:] - target).square(), live)).mean()
+    reward = (discount * batch_mean(reward_loss(logits, rew), live)).mean()
+    loss, metrics = 20 * consistency + 0.1 * reward, dict(consistency=consistency.detach(), reward=reward.detach())
+    if wm.episodic:
+        end = F.binary_cross_entropy_with_logits(wm.end(z[1:], task), term, reduction="none")  # (H, B)
+        end = (discount * batch_mean(end, live)).mean()
+        loss, metrics["end"] = loss + end, end.detach()  # ends are rare: with 0.1 the head of a hopper did not learn
+    return loss, metrics, z, target
 
 
 def imagine(wm, actors, obs, eps, task, pseudo=True):
     """Roll all policies through the model: obs (N, B, O), eps (H, N, B, A), task (N B,).
 
-    Returns z (H+1, N, B, L) and rewards (H, N, B), in log space if `pseudo` (App. C.1). Gradients flow through F and R
-    by state and action; the only cut is the actor's input.
+    Returns z (H+1, N, B, L), rewards (H, N, B), in log space if `pseudo` (App. C.1), and the probabilities (H, N, B)
+    that the episode goes on, or None if it always does. Gradients flow through F and R by state and action; the only
+    cut is the actor's input. wm may be anything with encode, next and reward: with a true plant this is SHAC.
     """
     N, B = obs.shape[:2]
     z = [wm.encode(obs.flatten(0, 1), task)]  # (N B, L)
@@ -423,8 +475,9 @@ def imagine(wm, actors, obs, eps, task, pseudo=True):
         acts.append(actors(z[-1].detach().view(N, B, -1), e).flatten(0, 1))  # (N B, A)
         z.append(wm.next(z[-1], acts[-1], task))
     z = torch.stack(z)
-    rew = two_hot_inv(wm.reward(z[:-1], torch.stack(acts), task), pseudo)
-    return z.view(len(z), N, B, -1), rew.view(-1, N, B)
+    rew = reward_value(wm.reward(z[:-1], torch.stack(acts), task), pseudo)
+    alive = (-wm.end(z[1:], task)).sigmoid().view(-1, N, B) if wm.episodic else None
+    return z.view(len(z), N, B, -1), rew.view(-1, N, B), alive
 
 
 def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam, pseudo=True):
@@ -432,17 +485,21 @@ def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam, pseudo=Tr
 
     Returns (sum of the tasks' losses, J (N,), z (N, H B, L), targets (N, H B)).
     """
-    z, rew = imagine(wm, actors, obs, eps, task, pseudo)
+    z, rew, alive = imagine(wm, actors, obs, eps, task, pseudo)
     H, N, B = rew.shape
-    discount = gamma ** torch.arange(H, device=z.device)
+    discount = (gamma ** torch.arange(H, device=z.device))[:, None, None]
+    last = gamma**H
+    if alive is not None:  # steps count by the probability that the episode has come so far; an end has no value
+        so_far = alive.cumprod(0)
+        discount, last = discount * torch.cat([torch.ones_like(alive[:1]), so_far[:-1]]), last * so_far[-1]
     value_H = critics(z[-1]).amin(1)  # (N, B), differentiable
-    J = (discount[:, None, None] * rew).sum(0) + gamma**H * value_H  # (N, B)
+    J = (discount * rew).sum(0) + last * value_H  # (N, B)
     with torch.no_grad():
         stats.update(J)
         flat = z[1:-1].transpose(0, 1).flatten(1, 2)  # (N, (H-1) B, L)
         value = critics(flat).amin(1).view(N, H - 1, B).transpose(0, 1)
         value = torch.cat([value_H[None], value, value_H[None]])  # (H+1, N, B); entry 0 is not read
-        target = lambda_return(rew, value, gamma, lam)  # (H, N, B)
+        target = lambda_return(rew, value, gamma, lam, alive)  # (H, N, B)
     loss = (-J.mean(1) / (stats.var + 1e-5).sqrt()).sum()
     return loss, J.detach().mean(1), z[:-1].detach().transpose(0, 1).flatten(1, 2), target.transpose(0, 1).flatten(1)
 
@@ -483,10 +540,11 @@ def clip_per_task(params, max_norm, n):
 def update_world_model(model_fn, wm, opt, batch, rho, heads=None, prior_opt=None, discount=None, generator=None):
     """One Adam step on Eq. (10), gradient norm clipped at 20. With `heads` also TD-MPC2's Q (same step) and prior.
 
-    batch: obs (H+1, B, O), act (H, B, A), rew (H, B), task (B,). Returns detached 0-d metrics.
+    batch: obs (H+1, B, O), act (H, B, A), rew (H, B), task (B,) and, episodic, term and live (H, B). Returns detached
+    0-d metrics.
     """
-    obs, act, rew, task = batch
-    loss, metrics, z, next_z = model_fn(obs, act, rew, task, rho)
+    obs, act, rew, task, *ends = batch
+    loss, metrics, z, next_z = model_fn(obs, act, rew, task, rho, *ends)
     if heads is not None:
         rand = functools.partial(torch.randn, generator=generator, device=z.device)
         pair = torch.randperm(len(heads.q.weight[0]), generator=generator, device=z.device)[:2]
@@ -703,13 +761,14 @@ def load_world_model(path, device="cpu"):
     act_dim = dyn[0]["weight"].shape[1] - latent - e
     suite = {30: MT30, 80: MT80}.get(n)
     dims = file.get("act_dims") or ([task_facts(t).act_dim for t in suite] if suite else [act_dim] * n)
-    if rew[-1]["weight"].shape[0] != BINS or max(dims) != act_dim:
+    end = read_layers(weights, "end_head")
+    if rew[-1]["weight"].shape[0] != (1 if end else BINS) or max(dims) != act_dim:
         raise SystemExit(f"{path} has {rew[-1]['weight'].shape[0]} reward classes and {act_dim} actions for {n} tasks; "
                          f"expected {BINS} and {max(dims)}: not a world model of this family")
     wm = WorldModel(enc[0]["weight"].shape[1] - e, dims, len(enc), enc[0]["weight"].shape[0],
-                    dyn[0]["weight"].shape[0], latent, e)
-    state = {} if emb is None else {"task_emb.weight": emb}
-    for name, layers in (("encoder", enc), ("dynamics", dyn), ("reward_head", rew)):
+                    dyn[0]["weight"].shape[0], latent, e, bool(end))
+    state = {k: weights[k] for k in ("task_emb.weight", "rew_std") if k in weights}
+    for name, layers in (("encoder", enc), ("dynamics", dyn), ("reward_head", rew), ("end_head", end)):
         state |= {f"{name}.{i}.{field}": x for i, layer in enumerate(layers) for field, x in layer.items()}
     try:
         wm.load_state_dict(state)
@@ -786,25 +845,28 @@ def random_actions(T, act_dim, hold, rng):
 def open_loop_error(wm, batch, rows, horizons=(1, 4, 16)):
     """Normalised squared error of open-loop prediction on held-out slices: {latent_nmse_h, reward_nmse_h}.
 
-    1.0 is what predicting each task's mean would give; sums over tasks are taken before the ratio.
+    1.0 is what predicting each task's mean would give; sums over tasks are taken before the ratio. Steps beyond the end
+    of an episode do not count; a horizon that no episode reaches is left out.
     """
-    obs, actions, rew, task = batch
+    obs, actions, rew, task, *ends = batch
     row = rows[task]
     z, true = wm.encode(obs[0], row), wm.encode(obs, row)
     within = F.one_hot(task, len(rows)).float()  # (B, N): variance is counted within a task
 
-    def centred(x):  # (B, D) minus the mean of its task
-        return x - within @ ((within.T @ x) / within.sum(0).clamp(min=1)[:, None])
+    def centred(x, keep):  # (B, D) minus the mean of its task
+        w = within[keep]
+        return x - w @ ((w.T @ x) / w.sum(0).clamp(min=1)[:, None])
 
     out = {}
     for h, a in enumerate(actions, 1):
-        r = two_hot_inv(wm.reward(z, a, row))
+        r = reward_value(wm.reward(z, a, row)) * (wm.rew_std if wm.episodic else 1.0)
         z = wm.next(z, a, row)
-        if h in horizons:
-            out[f"latent_nmse_{h}"] = (z - true[h]).square().sum() / centred(true[h]).square().sum()
-            real = rew[h - 1]
-            spread = centred(real[:, None]).square().sum().clamp(min=1e-4 * len(real))  # sparse: maybe all 0
-            out[f"reward_nmse_{h}"] = (r - real).square().sum() / spread
+        keep = ends[1][h - 1] > 0 if ends else slice(None)
+        if h in horizons and len(task[keep]):
+            goal, real = true[h][keep], rew[h - 1][keep]
+            out[f"latent_nmse_{h}"] = (z[keep] - goal).square().sum() / centred(goal, keep).square().sum()
+            spread = centred(real[:, None], keep).square().sum().clamp(min=1e-4 * len(real))  # sparse: maybe all 0
+            out[f"reward_nmse_{h}"] = (r[keep] - real).square().sum() / spread
     return out
 
 
@@ -818,8 +880,14 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
                          wm_horizon=4, wm_lr=1e-3, policy_steps=3_000, policy_batch=64, critic_passes=1),
     ("cpu", "many"): dict(model_size=1, rounds=6, seed_episodes=18, round_episodes=8, wm_steps=24_000, wm_batch=256,
                           wm_horizon=4, wm_lr=1e-3, policy_steps=2_400, policy_batch=16, critic_passes=1),
+    ("cpu", "episodic"): dict(model_size=1, rounds=30, seed_episodes=12, round_episodes=8, wm_steps=12_000,
+                              wm_batch=128, wm_horizon=4, wm_lr=1e-3, policy_steps=6_000, policy_batch=64,
+                              critic_passes=1),
     ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256,
                           wm_horizon=16, wm_lr=3e-4, policy_steps=20_000, policy_batch=64, critic_passes=8),
+    ("cuda", "episodic"): dict(model_size=5, rounds=60, seed_episodes=20, round_episodes=64, wm_steps=60_000,
+                               wm_batch=256, wm_horizon=16, wm_lr=3e-4, policy_steps=15_000, policy_batch=64,
+                               critic_passes=8),
     ("cuda", "many"): dict(model_size=48, rounds=6, seed_episodes=40, round_episodes=20, wm_steps=100_000,
                            wm_batch=1024, wm_horizon=16, wm_lr=3e-4, policy_steps=10_000, policy_batch=64,
                            critic_passes=8),
@@ -874,7 +942,11 @@ def fill_budget(args, device, n_tasks, world):
         raise SystemExit("--eval-only needs --checkpoint runs/<name>/checkpoint.pt")
     if args.workers < 1:
         raise SystemExit(f"--workers {args.workers}: expected at least 1, e.g. --workers {os.cpu_count()}")
-    budget = dict(BUDGETS["fast"] if args.fast else BUDGETS[device.type, "many" if n_tasks > 1 else "one"])
+    if args.episodic and (n_tasks > 1 or args.planner_episodes):
+        raise SystemExit("--episodic is for one task and without --planner-episodes, whose rewards come in 101 "
+                         "classes: name one task, or type --no-episodic")
+    kind = "many" if n_tasks > 1 else "episodic" if args.episodic else "one"
+    budget = dict(BUDGETS["fast"] if args.fast else BUDGETS[device.type, kind])
     if args.checkpoint:
         del budget["model_size"]  # the file says
     budget.setdefault("eval_episodes", 10)
@@ -921,14 +993,26 @@ def make_plan(args, own, given_model):
 
 
 def collect(workers, tasks, n, r, args, policy, note):
-    """Roll out n episodes per task: random with several hold lengths in round 0, then the current stochastic policies.
+    """Roll out n episodes per task, or if they end early as many as have the steps of n (64 n at most)."""
+    played, steps = [], 0
+    while not played or (args.episodic and steps < n * task_facts(tasks[0]).episode_length and len(played) < 64 * n):
+        left = n * task_facts(tasks[0]).episode_length - steps
+        more = min(64, 2 * math.ceil(left * len(played) / steps / 2)) if played else n + n % 2 * args.episodic
+        played += play_round(workers, tasks, more, r, args, policy, note, len(played))
+        steps = sum(len(e["rew"]) for e in played)
+    return played
+
+
+def play_round(workers, tasks, n, r, args, policy, note, first=0):
+    """Episodes first .. first + n - 1 of every task: random actions with several hold lengths in round 0, then the
+    current stochastic policies, those of odd number disturbed.
 
     All noise is drawn per episode beforehand, so neither the number of workers nor their timing changes anything.
     """
-    jobs = [(t, 10**6 * args.seed + 10**4 * r + i) for t in tasks for i in range(n)]
+    jobs = [(t, 10**6 * args.seed + 10**4 * r + first + i) for t in tasks for i in range(n)]
     facts = [task_facts(t) for t, _ in jobs]
     A = max(f.act_dim for f in facts)
-    rng = [np.random.default_rng([args.seed, r, j]) for j in range(len(jobs))]
+    rng = [np.random.default_rng([args.seed, r, first + j]) for j in range(len(jobs))]
     if r == 0:
         holds = (1, 2, 4, 8, 16, 32)
         actions = [random_actions(f.episode_length, A, holds[j % n % len(holds)], g)
@@ -989,8 +1073,9 @@ class Trainer:
         torch.manual_seed(args.seed)
         wm = load_world_model(args.checkpoint) if args.checkpoint else WorldModel(
             max(f.obs_dim for f in self.facts), [f.act_dim for f in self.facts],
-            **model_dims(args.model_size, len(tasks), tasks == MT80))
+            **model_dims(args.model_size, len(tasks), tasks == MT80), episodic=args.episodic)
         wm.tasks = wm.tasks or tasks
+        self.args = args = replace(args, episodic=wm.episodic)  # a file says what it is
         if args.checkpoint and args.model_size:
             asked = model_dims(args.model_size, len(wm.act_dims), len(wm.act_dims) == len(MT80))["latent"]
             if asked != wm.latent:
@@ -1020,9 +1105,9 @@ class Trainer:
         fall = min(1.0, args.wm_final_lr + 2 * (1 - args.wm_final_lr) * (1 - progress))
         for group, share in zip(self.opts["model"].param_groups, (0.3, 1.0)):
             group["lr"] = share * args.wm_lr * fall
-        obs, act, rew, task = sampler.sequences(args.wm_batch, self.rng["model"])
+        obs, act, rew, task, *ends = sampler.sequences(args.wm_batch, self.rng["model"])
         part = slice(rank, None, world)  # every rank draws the global batch and keeps its share
-        batch = obs[:, part], act[:, part], rew[:, part], self.rows[task[part]]
+        batch = obs[:, part], act[:, part], rew[:, part], self.rows[task[part]], *(e[:, part] for e in ends)
         return update_world_model(self.model_fn, self.wm, self.opts["model"], batch, args.rho, self.heads,
                                   self.opts.get("prior"), self.discount[task[part]], self.rng["model"])
 
@@ -1084,7 +1169,8 @@ class Trainer:
         a, (N, A) = self.args, self.nets["actors"].act_mask.shape[::2]
         fake = lambda *shape: torch.rand(*shape, device=self.device)  # noqa: E731
         sequences = (fake(a.wm_horizon + 1, a.wm_batch, self.wm.obs_dim), fake(a.wm_horizon, a.wm_batch, A),
-                     fake(a.wm_horizon, a.wm_batch), torch.zeros(a.wm_batch, dtype=torch.long, device=self.device))
+                     fake(a.wm_horizon, a.wm_batch), torch.zeros(a.wm_batch, dtype=torch.long, device=self.device),
+                     *(fake(a.wm_horizon, a.wm_batch) for _ in range(2 * self.wm.episodic)))
         starts = fake(N, a.policy_batch, self.wm.obs_dim)
         sampler = SimpleNamespace(sequences=lambda *_: sequences, starts=lambda *_: starts)
         seconds = []
@@ -1140,7 +1226,8 @@ def announce(trainer, own, plan, device_text, folder):
           f"{a.workers} roll-out workers")
     print(f"world model of {sum(p.numel() for p in trainer.wm.parameters()):,} parameters, "
           + (f"from {a.checkpoint}" if a.checkpoint else f"--model-size {a.model_size}")
-          + ("" if a.eval_only else ", own data" if own else f", data from {a.data_dir}"))
+          + ("" if a.eval_only else ", own data" if own else f", data from {a.data_dir}")
+          + (", episodic: scalar rewards, learnt ends" if a.episodic else ""))
     if plan:
         sums = {k: sum(n for kind, _, n in plan if kind == k) for k in ("collect", "model", "policy")}
         print(f"budget: {len({r for _, r, _ in plan})} rounds, {sums['collect']} episodes per task, {sums['model']} "
@@ -1162,6 +1249,12 @@ PUBLISHED = {  # final returns on MT30 of PWM and of TD-MPC2 with planning, both
     "cheetah-run-backwards": (601.0, 324.6), "cheetah-run-front": (549.4, 122.8), "cheetah-run-back": (825.9, 156.8),
     "cheetah-jump": (793.8, 301.8), "hopper-hop-backwards": (165.1, 273.0), "reacher-three-easy": (989.1, 979.1),
     "reacher-three-hard": (974.9, 580.8), "cup-spin": (839.6, 828.8), "pendulum-spin": (866.9, 820.5)}
+
+
+DFLEX = {  # Table 4: PPO, SAC, TD-MPC2, SHAC, PWM on bodies of the same name in another simulator, best of training
+    "hopper": (4742, 4126, 4027, 4837, 5680), "ant": (6605, 6275, 7080, 7662, 9672),
+    "anymal": (12029, 11788, 11787, 15157, 13928), "humanoid": (7293, 7285, 7634, 8387, 8661),
+    "muscle-humanoid": (4114, 3620, 1121, 5924, 5767)}
 
 
 def play(workers, tasks, n, seed, policy, note=None):
@@ -1266,11 +1359,11 @@ def report(run, trainer, columns, latency, seconds, device_text):
     print("\n" + "\n".join(lines))
     for c, ms in latency.items():
         print(f"{c}: {ms:.2f} ms per action")
-    git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)  # maybe none
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    result = dict(command=command, commit=git.stdout.strip() or None, seed=args.seed,
-                  hardware=device_text, seconds=round(seconds, 1), args=asdict(args), summary=summary, table=rows,
-                  episodes=raw, ms_per_action=latency, history=trainer.history)
+    if tasks[0] in DFLEX:
+        names_of = zip(("PPO", "SAC", "TD-MPC2", "SHAC", "PWM"), DFLEX[tasks[0]])
+        print("published for other physics, not comparable: " + ", ".join(f"{k} {v}" for k, v in names_of))
+    result = dict(stamp(args, seconds, device_text), summary=summary, table=rows, episodes=raw, ms_per_action=latency,
+                  history=trainer.history)
     write_text(run.dir / "results.json", json.dumps(result, indent=1))
     with open(run.dir / "results.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, ["task", *names], extrasaction="ignore")
@@ -1280,6 +1373,14 @@ def report(run, trainer, columns, latency, seconds, device_text):
     kinds = (".json", ".jsonl", ".csv", ".png", ".pt")
     print(f"files: {run.dir}/", *sorted(p.name for p in run.dir.iterdir() if p.suffix in kinds))
     return result
+
+
+def stamp(args, seconds, device_text):
+    """What every results.json begins with: how to get these numbers again."""
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)  # maybe none
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return dict(command=command, commit=git.stdout.strip() or None, seed=args.seed, hardware=device_text,
+                seconds=round(seconds, 1), args=asdict(args))
 
 
 def write_text(path, text):
@@ -1338,6 +1439,431 @@ def record(run, tasks, greedy, seed):
         print(f"video: {path}")
 
 
+# ---------------------------------------------------------------------------------- the two toys of Sec. 3 (Figs. 2, 3)
+class ToyNet(nn.Module):
+    """n small networks 1-32-32-1 side by side, without normalisation: theta (n, B) -> J (n, B)."""
+
+    def __init__(self, n, act):
+        super().__init__()
+        self.act = act
+        layers = [[init_default(i, j) for _ in range(n)] for i, j in ((1, 32), (32, 32), (32, 1))]
+        self.weight = nn.ParameterList(torch.stack([w for w, _ in layer]) for layer in layers)
+        self.bias = nn.ParameterList(torch.stack([b for _, b in layer])[:, None] for layer in layers)
+
+    def forward(self, x):
+        x = x[..., None]
+        for k, (W, b) in enumerate(zip(self.weight, self.bias)):
+            x = torch.baddbmm(b, x, W)
+            x = self.act(x) if k < 2 else x
+        return x[..., 0]
+
+
+def fit_landscape(act, cost, n, epochs, seed):
+    """Regress cost(theta) with n networks of activation `act`: 1000 uniform angles each, MSE, Adam 2e-3, batch 50.
+
+    Every call with the same n and seed starts from the same weights and angles (App. A). Returns net and losses
+    (epochs, n).
+    """
+    torch.manual_seed(seed)
+    net, g = ToyNet(n, act), torch.Generator().manual_seed(seed)
+    theta = (2 * torch.rand(n, 1000, generator=g) - 1) * math.pi
+    J = cost(theta)
+    opt = torch.optim.Adam(net.parameters(), 2e-3, fused=True)
+    losses = []
+    for _ in range(epochs):
+        order, total = torch.rand(n, 1000, generator=g).argsort(1), 0
+        for rows in order.split(50, 1):
+            error = (net(theta.gather(1, rows)) - J.gather(1, rows)).square().mean(1)  # (n,)
+            opt.zero_grad(set_to_none=True)
+            error.sum().backward()  # the networks share nothing
+            opt.step()
+            total = total + error.detach() / 20
+        losses.append(total)
+    return net, torch.stack(losses)
+
+
+def descend(net, n, steps=2000, lr=0.01):
+    """Gradient descent on n fitted landscapes from theta = -pi, kept in [-pi, pi] -> angles (n,)."""
+    theta = torch.full((n, 1), -math.pi, requires_grad=True)
+    for _ in range(steps):
+        (grad,) = torch.autograd.grad(net(theta).sum(), theta)
+        with torch.no_grad():
+            theta.sub_(lr * grad).clamp_(-math.pi, math.pi)
+    return theta.detach()[:, 0]
+
+
+def ball_wall(args, run, device_text):
+    """Fig. 2, its table and Fig. 10: networks fitted to a landscape with cliffs, and where descending them ends."""
+    n, began, ball = args.seeds or 100, time.time(), plant("ball-wall")
+    if n < 2:
+        raise SystemExit(f"--seeds {n}: expected at least 2 networks, 20 or more for a verdict")
+    grid = torch.linspace(-math.pi, math.pi, 4001)
+    few = min(n, 20)
+    nets = {"ReLU": (torch.relu, 100, 1), "SimNorm": (simnorm, 100, 1),
+            **{f"SimNorm, groups of {V}": (functools.partial(simnorm, V=V), 100, 1) for V in (4, 16, 32)},
+            "ReLU, 10 x training": (torch.relu, 1000, 1), "SimNorm, 10 x training": (simnorm, 1000, 1),
+            "ReLU, right contact time": (torch.relu, 100, 2), "SimNorm, right contact time": (simnorm, 100, 2)}
+    rows, kept = {}, {}
+    for name, (act, epochs, k) in nets.items():
+        size = n if name in ("ReLU", "SimNorm") else few
+        cost = functools.partial(ball.cost, k=k)
+        net, losses = fit_landscape(act, cost, size, epochs // 50 if args.fast else epochs, args.seed)
+        with torch.no_grad():
+            fitted, true = net(grid.expand(size, -1)), cost(grid)
+            rmse = (fitted - true).square().mean(1).sqrt()
+        theta = descend(net, size)
+        best = grid[true.argmin()]
+        rows[name] = dict(seeds=size, epochs=epochs, k=k, rmse=rmse.tolist(), theta=theta.tolist(),
+                          gap=(cost(theta) - true.min()).tolist(), angle_error=(theta - best).abs().tolist())
+        kept[name] = fitted, losses
+        print(f"{name:28} {size:4} seeds   error {rmse.median():6.2f}   gap {np.median(rows[name]['gap']):6.2f}   "
+              f"theta {theta.median():6.3f}   ({time.time() - began:.0f} s)", flush=True)
+    relu, smooth = rows["ReLU"], rows["SimNorm"]
+    ratio = np.median(smooth["rmse"]) / np.median(relu["rmse"])
+    gaps, share = [np.median(x["gap"]) for x in (relu, smooth)], float(np.mean(np.array(smooth["gap"]) < 5))
+    checks = {f"model error of SimNorm at least twice that of ReLU: {ratio:.2f} times": ratio >= 2,
+              f"its median gap at most a third of ReLU's: {gaps[1]:.2f} against {gaps[0]:.2f}": gaps[1] <= gaps[0] / 3,
+              f"its gap below 5 in 90 % of 20 seeds or more: {share:.0%} of {n}": share >= 0.9 and n >= 20}
+    figure_ball_wall(run.dir / "figure2.png", ball, grid, rows, kept)
+    notes = ["networks as the text says, without the LayerNorm of the released code (whose 'ReLU' is Mish)",
+             "gradient descent is run (SGD 0.01, 2000 steps); the released code takes the argmin of the model",
+             "contact time with k = 1 as printed (a slip), the right one (k = 2) beside it",
+             "needs under-fitting and groups of 4 or 8: see the other rows of the table"]
+    return finish_toy(args, run, device_text, began, checks, notes, dict(table=rows))
+
+
+def figure_ball_wall(path, ball, grid, rows, kept):
+    """Figs. 2 and 10: the throw, the landscapes with start and end of a typical seed, training losses, the table."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, (sketch, land, loss, table) = plt.subplots(1, 4, figsize=(17, 4), layout="constrained",
+                                                    width_ratios=(1, 1.4, 1, 1.3))
+    for theta in (-0.6, 0.0, 0.26, 0.8):
+        x, y = ball.path(theta).T
+        sketch.plot(x, y, "o-", ms=2, lw=1, label=f"θ = {theta:.2f}")
+    sketch.plot([ball.WALL, ball.WALL], [-15, ball.TOP], "k", lw=4)
+    sketch.set(title="throw over the wall", xlabel="x [m]", ylabel="y [m]", ylim=(-15, 6))
+    sketch.legend(fontsize=7)
+    land.plot(grid, ball.cost(grid), "k", lw=1.5, label="true J(θ)")
+    for name, color in (("ReLU", "tab:red"), ("SimNorm", "tab:blue")):
+        gap, (fitted, losses) = np.array(rows[name]["gap"]), kept[name]
+        i = int(np.argsort(gap)[len(gap) // 2])  # the seed with the median gap
+        end, at = rows[name]["theta"][i], lambda x, y=fitted[i]: float(np.interp(x, grid, y))
+        land.plot(grid, fitted[i], color=color, lw=1.2, label=name)
+        land.plot(-math.pi, at(-math.pi), "x", color=color, ms=9, mew=2)
+        land.plot(end, at(end), "*", color=color, ms=14, mec="k")
+        q = losses.quantile(torch.tensor([0.25, 0.5, 0.75]), 1)
+        loss.plot(q[1], color=color, label=name)
+        loss.fill_between(range(len(q[1])), q[0], q[2], color=color, alpha=0.2)
+    land.set(title="landscapes: start ×, end ★ (typical seed)", xlabel="θ [rad]", ylabel="J")
+    loss.set(title="training loss (quartiles over seeds)", xlabel="epoch", ylabel="MSE", yscale="log")
+    for ax in (land, loss):
+        ax.legend(fontsize=8)
+    table.axis("off")
+    cells = [[name, f"{np.median(r['rmse']):.2f}", f"{np.median(r['gap']):.2f}"] for name, r in rows.items()]
+    made = table.table(cells, colLabels=["model", "error (RMSE)", "gap |J(θ*) - J(θ̂)|"], loc="center",
+                       colWidths=[0.5, 0.22, 0.33])
+    made.auto_set_font_size(False)
+    made.set_fontsize(8)
+    made.scale(1, 1.4)
+    table.set_title("medians over seeds")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+class TruePlant(nn.Module):
+    """A differentiable plant behind the interface of a WorldModel: its latent is the observation. Extracting a policy
+    from it by `update_policies` is SHAC: the same first-order gradients, through the true dynamics."""
+
+    episodic = False
+
+    def __init__(self, plant, rew_std=1.0):
+        super().__init__()
+        self.plant, self.rew_std = plant, rew_std
+
+    def encode(self, obs, task):
+        return obs  # (.., B, 6)
+
+    def next(self, z, act, task):
+        return self.plant.observe(self.plant.step(self.plant.state(z), act))  # (.., B, 6)
+
+    def reward(self, z, act, task):
+        return self.plant.reward(self.next(z, act, task))[..., None] / self.rew_std  # (.., B, 1), of the state after
+
+
+PENDULUM = dict(  # budget of one study, see README for its minutes
+    episodes=32, shac_updates=150, shac_horizon=32, random_episodes=480, base_updates=1000, model_updates=600,
+    model_batch=128, latent=64, hidden=128, policy_updates=60, rollouts=100)
+PENDULUM_FAST = dict(episodes=2, shac_updates=2, shac_horizon=4, random_episodes=4, base_updates=4, model_updates=2,
+                     model_batch=8, latent=16, hidden=16, policy_updates=2, rollouts=4)  # it only shows that it runs
+
+
+def play_pendulum(pendulum, act, state, steps):
+    """Closed loop from state (B, 4): act(obs (B, 6), t) -> (B, 1). Returns obs (steps+1, B, 6), act, rew (steps, B)."""
+    obs, acts, rew = [pendulum.observe(state)], [], []
+    for t in range(steps):
+        acts.append(act(obs[-1], t))
+        state = pendulum.step(state, acts[-1])
+        obs.append(pendulum.observe(state))
+        rew.append(pendulum.reward(obs[-1]))
+    return torch.stack(obs), torch.stack(acts), torch.stack(rew)
+
+
+def extract(wm, starts, updates, horizon, gen, args, lr=2e-3, collect=None):
+    """A policy for the pendulum by first-order gradients through wm (a WorldModel or TruePlant).
+
+    starts (M, 6) start observations. collect(actors, share done) -> more starts, called before every 15th update.
+    Returns the actors (one). Learning rate falls linearly to 1e-5; small networks, as the observation has 6 numbers.
+    """
+    nets = nn.ModuleDict(dict(wm=wm, actors=Actors(torch.ones(1, 1), getattr(wm, "latent", 6), (128, 64, 32)),
+                              critics=Critics(1, getattr(wm, "latent", 6), widths=(128, 64)), stats=ReturnStats(1)))
+    opts = {k: torch.optim.Adam(nets[k].parameters(), lr, betas=(args.beta1, 0.95), fused=True)
+            for k in ("actors", "critics")}
+    hp = SimpleNamespace(gamma=args.gamma, lam=args.lam, symexp=False, critic_batches=args.critic_batches)
+    wm.requires_grad_(False)
+    task = torch.zeros(64, dtype=torch.long)
+    for i in range(updates):
+        if collect and i % 15 == 0:
+            starts = torch.cat([starts, collect(nets["actors"], i / updates)])
+        for opt in opts.values():
+            opt.param_groups[0]["lr"] = lr + (1e-5 - lr) * i / updates
+        obs = starts[torch.randint(len(starts), (64,), generator=gen)][None]
+        noise = torch.randn(horizon, 1, 64, 1, generator=gen)
+        perm = torch.rand(2, horizon * 64, generator=gen).argsort(1)
+        update_policies((actor_loss, critic_loss), nets, opts, obs, noise, perm, task, hp)
+    return nets["actors"]
+
+
+def action_gradients(wm, obs, acts):
+    """How later rewards depend on every action, along given actions: d(r_0 + .. + r_k)/d a_t for k, t < H.
+
+    obs (N, O) starts, acts (H, N, 1). Returns (H, H, N): [k, t]. Gradients flow from action to state to reward only.
+    """
+    acts = acts.detach().requires_grad_()
+    task = torch.zeros(len(obs), dtype=torch.long)
+    z = [wm.encode(obs, task)]
+    for a in acts[:-1]:
+        z.append(wm.next(z[-1], a, task))
+    rew = reward_value(wm.reward(torch.stack(z), acts, task))  # (H, N)
+    grads = [torch.autograd.grad(r.sum(), acts, retain_graph=True)[0][..., 0] for r in rew]  # rollouts are independent
+    return torch.stack(grads).cumsum(0)
+
+
+def policy_jacobian(actors, obs, eps):
+    """d a / d(actor parameters) of single actions: obs (M, O), eps (M, 1) -> (M, P)."""
+    params = list(actors.parameters())
+    rows = [torch.autograd.grad(actors(o[None, None], e[None, None]).sum(), params) for o, e in zip(obs, eps)]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def gradient_statistics(weights, jacobian):
+    """Policy gradients g_n = sum_t dJ_H/da_t da_t/dtheta of N roll-outs for every horizon, and what Fig. 3 shows.
+
+    weights (H, T, N) from action_gradients, jacobian (T, N, P). Returns {"variance": mean over parameters of the sample
+    variance, "esnr": Eq. (5), "esnr_code": mean of the ratios as the released code has it}, each (H,); means (H, P).
+    """
+    out, means = {"variance": [], "esnr": [], "esnr_code": []}, []
+    for w in weights:  # (T, N)
+        g = -torch.einsum("tn,tnp->np", w, jacobian)  # of the loss -J_H
+        mean, var = g.mean(0), g.var(0)
+        out["variance"].append(float(var.mean()))
+        out["esnr"].append(float(mean.square().sum() / var.sum()))
+        out["esnr_code"].append(float((mean.square() / (var + 1e-9)).mean()))
+        means.append(mean)
+    return out, torch.stack(means)
+
+
+def fit_pendulum_model(wm, data, horizon, updates, lr, batch, gen):
+    """Train wm on `horizon`-step sequences of obs (T+1, M, 6), act (T, M, 1), rew (T, M); returns the last loss."""
+    obs, act, rew = data
+    opt, steps = torch.optim.Adam(wm.parameters(), lr, fused=True), torch.arange(horizon + 1)[:, None]
+    for i in range(updates):
+        opt.param_groups[0]["lr"] = lr * min(1.0, 0.03 + 2 * (1 - i / updates))
+        e = torch.randint(act.shape[1], (batch,), generator=gen)
+        t = torch.randint(len(act) - horizon + 1, (batch,), generator=gen) + steps  # (horizon+1, B)
+        term = torch.zeros(horizon, batch)  # it never ends, and its head learns so
+        metrics = update_world_model(functools.partial(world_model_loss, wm), wm, opt,
+                                     (obs[t, e], act[t[:-1], e], rew[t[:-1], e], e * 0, term, term + 1), 0.99)
+    return float(metrics["loss"])
+
+
+def train_pendulum_models(data, seed, budget, note):
+    """{3: WorldModel, 16: WorldModel} of one seed: the same start on 3-step sequences, then each on its own horizon
+    (long sequences from nothing need far more updates than the minutes of this study)."""
+    torch.manual_seed(seed)
+    gen = torch.Generator().manual_seed(seed)
+    base = WorldModel(6, [1], 2, budget["hidden"], budget["hidden"], budget["latent"], 0, episodic=True)
+    base.rew_std.copy_(data[2].std())
+    fit_pendulum_model(base, data, 3, budget["base_updates"], 1e-3, budget["model_batch"], gen)
+    models = {}
+    for horizon in (3, 16):
+        models[horizon] = copy.deepcopy(base)
+        loss = fit_pendulum_model(models[horizon], data, horizon, budget["model_updates"], 6e-4, budget["model_batch"],
+                                  gen)
+        models[horizon].requires_grad_(False)
+        note(f"model {seed} of horizon {horizon}: loss {loss:.4f}")
+    return models
+
+
+def pendulum_data(pendulum, args, budget, gen, note):
+    """SHAC on the true plant, and the episodes it leaves: a third random, a third the policies on the way, a third the
+    last one with wide noise. Returns actors, (obs (T+1, M, 6), act (T, M, 1), rew (T, M)), returns on the way (random
+    actions first)."""
+    T, m = pendulum.STEPS, budget["random_episodes"]
+    held = (2 * torch.rand(T // 4, m, 1, generator=gen) - 1).repeat_interleave(4, 0)
+    episodes = [play_pendulum(pendulum, lambda o, t: held[t], pendulum.reset(m, gen), T)]
+    history = [float(episodes[0][2].sum(0).mean())]
+
+    @torch.no_grad()
+    def roll(actors, n, sigma):  # n episodes of the policy with its noise times sigma
+        noise = torch.randn(T, 1, n, 1, generator=gen) * sigma
+        episodes.append(play_pendulum(pendulum, lambda o, t: actors(o[None], noise[t])[0], pendulum.reset(n, gen), T))
+
+    def collect(actors, done):
+        roll(actors, budget["episodes"], 1.0)
+        obs, _, rew = episodes[-1]
+        history.append(float(rew.sum(0).mean()))
+        if len(history) % 4 == 2:
+            note(f"SHAC {done:.0%}: return {history[-1]:.0f} (random actions {history[0]:.0f})")
+        return obs[:-1].flatten(0, 1)
+
+    true = TruePlant(pendulum, float(episodes[0][2].std()))
+    starts = pendulum.observe(pendulum.reset(64, gen))
+    actors = extract(true, starts, budget["shac_updates"], budget["shac_horizon"], gen, args, collect=collect)
+    roll(actors, m, 3.0)
+    return actors, [torch.cat(x, 1) for x in zip(*episodes)], history
+
+
+def double_pendulum(args, run, device_text):
+    """Fig. 3: variance, ESNR and direction of policy gradients through the true plant and learned models.
+
+    SHAC on the true plant makes the policy and the data; models train on 3 and 16 steps; all see the same actions.
+    """
+    n, began, cpu = args.seeds or 3, time.time(), time.process_time()
+    if n < 1:
+        raise SystemExit(f"--seeds {n}: expected at least 1 model per horizon, 3 or more for a verdict")
+    pendulum, gen = plant("double-pendulum"), torch.Generator().manual_seed(args.seed)
+    budget = PENDULUM_FAST if args.fast else PENDULUM
+    torch.manual_seed(args.seed)
+
+    def note(text):
+        print(f"{text} ({time.time() - began:.0f} s, {time.process_time() - cpu:.0f} CPU-s)", flush=True)
+
+    actors, data, history = pendulum_data(pendulum, args, budget, gen, note)
+    test, zero = pendulum.reset(64, torch.Generator().manual_seed(7)), torch.zeros(64, dtype=torch.long)
+
+    @torch.no_grad()
+    def mean_return(actors, wm):
+        return float(play_pendulum(pendulum, lambda o, t: actors(wm.encode(o, zero)[None])[0], test,
+                                   pendulum.STEPS)[2].sum(0).mean())
+
+    models = {"true": [TruePlant(pendulum, float(data[2].std()))]}
+    returns = {"random": history[0], "SHAC, true plant": mean_return(actors, models["true"][0])}
+    note(f"SHAC: return {returns['SHAC, true plant']:.0f}")
+    learned = [train_pendulum_models(data, args.seed + k, budget, note) for k in range(n)]
+    for horizon in (3, 16):
+        name, starts = f"WM, H = {horizon}", data[0][:-1].flatten(0, 1)
+        models[name] = [pair[horizon] for pair in learned]
+        returns[f"PWM, {name}"] = [
+            mean_return(extract(wm, starts, budget["policy_updates"], 16, gen, args), wm) for wm in models[name]]
+        note(f"PWM on models of horizon {horizon}: returns {np.round(returns[f'PWM, {name}'])}")
+    studies = pendulum_gradients(pendulum, actors, models, budget["rollouts"], gen, note)
+    checks = pendulum_checks(studies["upright"], n)
+    figure_pendulum(run.dir / "figure3.png", studies)
+    print("\n" + "cosine to the true mean gradient, random starts".ljust(50)
+          + "".join(f"{f'H = {h}':>10}" for h in (16, 30, 50)))
+    for name, stats in studies["random"].items():
+        for k, x in enumerate(stats):
+            print(f"{f'{name}, model {k}':50}" + "".join(f"{x['cosine'][h - 1]:10.2f}" for h in (16, 30, 50)))
+    print(f"\nreturns over 240 steps: {json.dumps({k: np.round(v, 0).tolist() for k, v in returns.items()})}")
+    size = sum(p.numel() for p in models["WM, H = 3"][0].parameters())
+    notes = [f"models of {size:,} parameters and {budget['base_updates'] + budget['model_updates']} updates of "
+             f"{budget['model_batch']} sequences instead of 5M and 100k, the first {budget['base_updates']} on "
+             f"3 steps for both horizons; {data[1].shape[1]} episodes instead of 24,000",
+             "a true acrobot; the reference's two hinges sit at one point, so that its links do not pull at each other",
+             "all models see the same starts, noise, actions and reward scale; the released code lets the true plant "
+             "go on from its last state and adds a term that grows with H to its ESNR",
+             "the gradient flows action -> state -> reward; the policy's input is cut, as in the released code"]
+    return finish_toy(args, run, device_text, began, checks, notes, dict(
+        gradients=studies, returns=returns, shac_returns=history, cpu_seconds=round(time.process_time() - cpu, 1)))
+
+
+def pendulum_gradients(pendulum, actors, models, N, gen, note, H=50):
+    """{"upright", "random": {model: [gradient_statistics and "cosine" for every seed]}}, of N roll-outs for horizons
+    1..H."""
+    studies = {}
+    for where, start in (("upright", torch.zeros(N, 4)), ("random", pendulum.reset(N, gen))):
+        eps = torch.randn(H, 1, N, 1, generator=gen)
+        with torch.no_grad():
+            seen, acts, _ = play_pendulum(pendulum, lambda o, t, eps=eps: actors(o[None], eps[t])[0], start, H)
+        jacobian = policy_jacobian(actors, seen[:-1].flatten(0, 1), eps[:, 0].flatten(0, 1)).view(H, N, -1)
+        studies[where], true = {}, None
+        for name, seeds in models.items():
+            studies[where][name] = []
+            for wm in seeds:
+                numbers, mean = gradient_statistics(action_gradients(wm, seen[0], acts), jacobian)
+                true = mean if true is None else true
+                studies[where][name].append(dict(numbers, cosine=F.cosine_similarity(mean, true, dim=1).tolist()))
+        note(f"gradients from {where} starts")
+    return studies
+
+
+def pendulum_checks(upright, n):
+    """What counts as reproduced, {sentence: bool}; lists in `upright` are over H = 1..50."""
+    true, models = upright["true"][0], {h: upright[f"WM, H = {h}"] for h in (3, 16)}
+    growth = true["variance"][49] / true["variance"][15]
+    over = [true["variance"][49] / m["variance"][49] for m in models[16]]
+    gain = [min(m["esnr"][h] / true["esnr"][h] for h in range(15, 50)) for m in models[16]]
+    better = [min(a["esnr"][h] / b["esnr"][h] for h in range(7, 30)) for a, b in zip(models[16], models[3])]
+    def shown(x):
+        return ", ".join(f"{v:.3g}" for v in x)
+    return {f"three models per horizon or more: {n}": n >= 3,
+            f"true variance grows at least 100 times from H = 16 to 50: {growth:.3g} times": growth >= 100,
+            f"there it is at least 5 times that of models trained on 16 steps: {shown(over)} times": min(over) >= 5,
+            f"their ESNR is at least 10 times the true one for all H >= 16: at least {shown(gain)}": min(gain) >= 10,
+            f"and above that of models trained on 3 steps for 8 <= H <= 30: at least {shown(better)} times":
+                min(better) > 1}
+
+
+def figure_pendulum(path, studies):
+    """Fig. 3, with the direction of the gradients below: rows fixed upright start and random starts."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(len(studies), 3, figsize=(14, 4 * len(studies)), layout="constrained", squeeze=False)
+    colors = dict(zip(studies["upright"], ("black", "tab:orange", "tab:blue")))
+    for row, (where, models) in zip(axes, studies.items()):
+        for ax, (key, title) in zip(row, (("variance", "variance of the gradient"), ("esnr", "ESNR (Eq. 5)"),
+                                          ("cosine", "cosine to the true mean gradient"))):
+            for name, stats in models.items():
+                for k, x in enumerate(stats):
+                    ax.plot(range(1, len(x[key]) + 1), x[key], color=colors[name], lw=1.3, alpha=0.8,
+                            label=None if k else name)
+            ax.set(title=f"{title}, {where} start{'s' * (where == 'random')}", xlabel="H")
+            if key != "cosine":
+                ax.set_yscale("log")
+        row[0].legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def finish_toy(args, run, device_text, began, checks, notes, numbers):
+    """Print the verdict by the rule of `checks` {sentence: bool}, write results.json; returns what it holds."""
+    print()
+    for sentence, holds in checks.items():
+        print(f"{'yes' if holds else 'NO ':4} {sentence}")
+    verdict = "reproduced" if all(checks.values()) else "not reproduced"
+    print(f"{args.task}: {verdict}\ndeviations from the paper's protocol:")
+    for note in notes:
+        print(f"  - {note}")
+    result = dict(stamp(args, time.time() - began, device_text), verdict=verdict, deviations=notes,
+                  checks={k: bool(v) for k, v in checks.items()}, **numbers)
+    write_text(run.dir / "results.json", json.dumps(result, indent=1))
+    print(f"files: {run.dir}/", *sorted(p.name for p in run.dir.iterdir() if p.suffix in (".json", ".png")))
+    return result
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 def main(args: Args):
     """Run everything; returns what results.json holds (None on the other ranks of torchrun)."""
@@ -1345,12 +1871,18 @@ def main(args: Args):
         args = read_resume(args)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     device, why = choose_device(args, rank)
+    if plant(args.task):
+        return toy(args)
     tasks = task_list(args.task)
+    if args.episodic is None:  # tasks that may end are those without a published scale of returns
+        own_scale = len(tasks) == 1 and score(tasks[0], 1.0, 0.0) == 1.0
+        args = replace(args, episodic=own_scale and not args.planner_episodes)
     args = fill_budget(args, device, len(tasks), world)
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
     wait = torch.distributed.barrier if world > 1 else lambda: None
     trainer = Trainer(args, tasks, device, world)
+    args = trainer.args
     if args.eval_only:
         trainer.load_policies(args.checkpoint)
 
@@ -1409,7 +1941,9 @@ def main(args: Args):
             elif n and (kind == "model" or rank == 0):
                 if sampler is None:
                     sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
-                                               trainer.wm.act_mask.shape[1], args.held_out)
+                                               trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
+                    if args.episodic and not args.checkpoint:
+                        trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
                 trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
                 first, began = where["step"], time.time()
                 for step in range(first, n):
@@ -1450,6 +1984,17 @@ def main(args: Args):
     return result
 
 
+def toy(args):
+    """The study of a task of TOY, on the CPU: minutes, so that it starts again rather than resumes."""
+    if args.resume or args.checkpoint:
+        raise SystemExit(f"--task {args.task} is a study of minutes: start it again without --resume, --checkpoint")
+    run = Run(args.task, "pwm", args.seed, asdict(args))
+    study = {"ball-wall": ball_wall, "double-pendulum": double_pendulum}[args.task]
+    result = study(args, run, f"cpu: {torch.get_num_threads()} threads")
+    run.close()
+    return result
+
+
 def read_metrics(metrics, kind, world):
     """0-d tensors -> floats, the model's averaged over ranks. The only place in training that waits for a GPU."""
     values = torch.stack([v.float() for v in metrics.values()])
@@ -1457,6 +2002,13 @@ def read_metrics(metrics, kind, world):
         torch.distributed.all_reduce(values)
         values /= world
     return dict(zip(metrics, values.tolist()))
+
+
+def reward_deviation(episodes, task):
+    """Standard deviation of all rewards of a task."""
+    arrays = episodes.arrays(task)
+    real = np.arange(arrays["rew"].shape[1]) < np.asarray(arrays["length"])[:, None]
+    return max(float(np.asarray(arrays["rew"])[real].std(dtype=np.float64)), 1e-3)
 
 
 def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
@@ -1467,12 +2019,16 @@ def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
         progress.line(f"round {r}: rolling out: {done:,}/{total:,} agent steps")
     played = collect(workers, tasks, n, r, trainer.args, trainer.policy, note)
     returns = {}
-    for k, t in enumerate(tasks):
-        mine = played[k * n:k * n + n]
+    for t in tasks:
+        mine = [e for e in played if e["task"] == t]
         episodes.append(t, *([e[x] for e in mine] for x in ("obs", "act", "rew", "term")))
-        returns[t] = float(np.mean([e["ret"] for e in mine]))
+        returns[t] = float(np.mean([e["ret"] for e in (mine[::2] if trainer.args.episodic and r else mine)]))
     mean = float(np.mean(list(returns.values())))
     trainer.history.append({"round": r, "seconds": trainer.where["seconds"], "return": returns})
+    if trainer.args.episodic:  # the return is of undisturbed episodes
+        length = [len(e["rew"]) for e in played]
+        trainer.history[-1] |= {"steps": sum(length), "length": float(np.mean(length))}
+        progress.line(f"round {r}: {len(played)} episodes of {np.mean(length):.0f} steps on average", True)
     log({f"rollout/{t}/return": v for t, v in returns.items()} | {"charts/episodic_return": mean})
     progress.add("steps", n * episode, time.time() - began)
     progress.line(f"round {r}: {n} episodes per task, mean return {mean:.1f}", True)
@@ -1481,7 +2037,8 @@ def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
 def check_model(trainer, episodes, r, log):
     """Held-out open-loop error after a model stage: a world model is not trusted unseen."""
     wm, a = trainer.wm, trainer.args
-    test = episodes.sampler(trainer.tasks, a.horizon, trainer.device, wm.obs_dim, wm.act_mask.shape[1], a.held_out)
+    test = episodes.sampler(trainer.tasks, a.horizon, trainer.device, wm.obs_dim, wm.act_mask.shape[1], a.held_out,
+                            ends=a.episodic)
     batch = test.sequences(512, torch.Generator(trainer.device).manual_seed(0), held_out=True)
     errors = {k: float(v) for k, v in open_loop_error(wm, batch, trainer.rows, (1, 4, a.horizon)).items()}
     trainer.history.append({"round": r, **errors})
