@@ -1494,7 +1494,7 @@ def descend(net, n, steps=2000, lr=0.01):
 
 def ball_wall(args, run, device_text):
     """Fig. 2, its table and Fig. 10: networks fitted to a landscape with cliffs, and where descending them ends."""
-    n, began, ball = args.seeds or 100, time.time(), plant("ball-wall")
+    n, began, ball = 100 if args.seeds is None else args.seeds, time.time(), plant("ball-wall")
     if n < 2:
         raise SystemExit(f"--seeds {n}: expected at least 2 networks, 20 or more for a verdict")
     grid = torch.linspace(-math.pi, math.pi, 4001)
@@ -1740,7 +1740,7 @@ def double_pendulum(args, run, device_text):
 
     SHAC on the true plant makes the policy and the data; models train on 3 and 16 steps; all see the same actions.
     """
-    n, began, cpu = args.seeds or 3, time.time(), time.process_time()
+    n, began, cpu = 3 if args.seeds is None else args.seeds, time.time(), time.process_time()
     if n < 1:
         raise SystemExit(f"--seeds {n}: expected at least 1 model per horizon, 3 or more for a verdict")
     pendulum, gen = plant("double-pendulum"), torch.Generator().manual_seed(args.seed)

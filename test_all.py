@@ -1779,7 +1779,8 @@ def test_two_ranks_reproduce_one_rank(tmp_path):
         lines = [json.loads(x) for x in (last_run(tmp_path / name) / "metrics.jsonl").read_text().splitlines()]
         lines = [x for x in lines if "losses/model/loss" in x]
         losses.append([[x[f"losses/model/{k}"] for k in ("loss", "grad_norm")] for x in lines])
-    assert len(losses[0]) == 2 and np.allclose(losses[0], losses[1], rtol=1e-4), losses
+    # after 50 and 60 updates: Adam makes something of the rounding of sums in another order
+    assert len(losses[0]) == 2 and np.allclose(losses[0], losses[1], rtol=1e-3), losses
 
 
 def test_copied_with_its_two_helpers_it_runs_and_evaluates(tmp_path):
@@ -5252,7 +5253,7 @@ def test_ball_wall_study_runs_and_judges(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "not reproduced" in out and result["verdict"] == "not reproduced" and len(result["table"]) == 9
     folder = last_run(tmp_path)
-    assert {"figure2.png", "results.json", "args.json", "pwm.py"} <= {p.name for p in folder.iterdir()}
+    assert {"figure2.png", "results.json", "args.json"} <= {p.name for p in folder.iterdir()}
     saved = json.loads((folder / "results.json").read_text())
     assert saved["deviations"] and len(saved["table"]["ReLU"]["gap"]) == 3
     gap, ball = saved["table"]["SimNorm"]["gap"], envs.plant("ball-wall")
