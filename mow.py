@@ -7,7 +7,7 @@ more: a router picks a few expert Transformers per task (never per token, so tha
 shared Transformer reads what they say. One actor serves all tasks. With one task, one cluster and one expert this is
 STORM (arXiv 2310.09615), `--storm`.
 
-    python mow.py                                        # Boxing, Krull, RoadRunner: 11 minutes on one CPU core,
+    python mow.py                                        # Boxing, Krull, RoadRunner: 18 minutes on a busy core,
                                                          # reconstruction loss from 3,000 to 25
     python mow.py --task Boxing --storm                  # the single-task baseline
     python mow.py --task atari26 --cluster-only          # only: which of the 26 games are alike?
@@ -38,6 +38,8 @@ Deviations and choices:
 11. Attention and KL do not cross the start of an episode (--no-reset-mask: they do, as in STORM).
 12. GroupNorm instead of BatchNorm for more than one task: batch statistics would mix the tasks of a cluster.
 13. On a CPU sizes, batches and budgets are smaller and learning rates higher (--preset smoke, printed at the start).
+14. The acting agent remembers min(16, context + horizon / 2) steps, the middle of what imagination visits; STORM 16.
+15. Experts per token (--routing token, --segment, --switch-coef, --prior-coef) are an experiment of ours.
 """
 import contextlib
 import copy

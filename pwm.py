@@ -449,7 +449,7 @@ def world_model_loss(wm, obs, act, rew, task, rho, term=None, live=None):
     z = torch.stack(z)  # (H+1, B, L)
     logits = wm.reward(z[:-1], act, task)  # (H, B, 101) or (H, B, 1)
     if wm.episodic:
-        rew = (rew / wm.rew_std).clamp(-5, 5)  # not centred: that would make an end as good as going on (deviation 8)
+        rew = (rew / wm.rew_std).clamp(-5, 5)  # not centred: that would make an end as good as going on (deviation 9)
     discount = rho ** torch.arange(len(act), device=z.device)  # (H,)
     consistency = (discount * batch_mean((z[1:] - target).square(), live)).mean()
     reward = (discount * batch_mean(reward_loss(logits, rew), live)).mean()
@@ -457,7 +457,7 @@ def world_model_loss(wm, obs, act, rew, task, rho, term=None, live=None):
     if wm.episodic:
         end = F.binary_cross_entropy_with_logits(wm.end(z[1:], task), term, reduction="none")  # (H, B)
         end = (discount * batch_mean(end, live)).mean()
-        loss, metrics["end"] = loss + end, end.detach()  # ends are rare: with 0.1 the head of a hopper did not learn
+        loss, metrics["end"] = loss + end, end.detach()  # not weighted by 0.1 as rewards are: ends are rare
     return loss, metrics, z, target
 
 
@@ -1592,7 +1592,7 @@ class TruePlant(nn.Module):
         return self.plant.reward(self.next(z, act, task))[..., None] / self.rew_std  # (.., B, 1), of the state after
 
 
-PENDULUM = dict(  # budget of one study, see README for its minutes
+PENDULUM = dict(  # budget of one study: 235 CPU seconds with three models per horizon
     episodes=32, shac_updates=150, shac_horizon=32, random_episodes=480, base_updates=1000, model_updates=600,
     model_batch=128, latent=64, hidden=128, policy_updates=60, rollouts=100)
 PENDULUM_FAST = dict(episodes=2, shac_updates=2, shac_horizon=4, random_episodes=4, base_updates=4, model_updates=2,
@@ -1873,6 +1873,9 @@ def main(args: Args):
     device, why = choose_device(args, rank)
     if plant(args.task):
         return toy(args)
+    if args.seeds is not None:
+        raise SystemExit(f"--seeds {args.seeds} counts the models of a toy, not of --task {args.task}: type --seed "
+                         "and run it once per seed")
     tasks = task_list(args.task)
     if args.episodic is None:  # tasks that may end are those without a published scale of returns
         own_scale = len(tasks) == 1 and score(tasks[0], 1.0, 0.0) == 1.0

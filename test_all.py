@@ -5479,6 +5479,7 @@ def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch,
 @pytest.mark.parametrize("settings, words", [
     (dict(task="ball-wall", seeds=1), "--seeds 1.*at least 2"), (dict(task="double-pendulum", seeds=0), "--seeds 0"),
     (dict(task="ball-wall", checkpoint="x.pt"), "study of minutes"),
+    (dict(task="cup-catch", seeds=3), "--seeds 3 .*not of --task cup-catch"),
     (dict(task="cup-catch,hopper", episodic=True), "one task.*--no-episodic"),
     (dict(task="hopper", episodic=True, planner_episodes=1), "--planner-episodes.*--no-episodic"),
     (dict(task="hoper"), "nearest: .*hopper")])
