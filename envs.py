@@ -80,7 +80,8 @@ ATARI_SCORES = {                                  # of a random policy and of a 
     "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2)}
 ATARI26 = tuple(ATARI_SCORES)                     # the 26 games of the Atari-100k benchmark
 _LOCOMOTION_DIMS = {"hopper": (11, 3), "ant": (37, 8), "anymal": (49, 12), "humanoid": (76, 21),
-                    "muscle-humanoid": (53, 152)}     # PWM's single tasks (Sec. 4.1), here on MuJoCo
+                    "muscle-humanoid": (53, 152),     # PWM's single tasks (Sec. 4.1), here on MuJoCo
+                    "planar-hopper": (11, 3), "stiff-hopper": (11, 3)}                # the hopper on PlanarHopper
 LOCOMOTION = tuple(_LOCOMOTION_DIMS)
 _TOY_FACTS = {"ball-wall": (1, 1, 1, 1), "double-pendulum": (6, 1, 240, 1)}
 TOY = tuple(_TOY_FACTS)                           # PWM's two examples (Sec. 3), differentiable: see plant
@@ -848,6 +849,27 @@ class _Body:
         return after, broken | (after[:, 2 if self.task == "hopper" else 3] < self.floor)
 
 
+class _PlanarBody(_Body):
+    """The hopper stepped by PlanarHopper instead of MuJoCo; everything else is the same."""
+
+    def __init__(self, task):
+        super().__init__("hopper")
+        self.plant = plant(task)
+
+    def advance(self, state, act):
+        import torch
+        with torch.no_grad():
+            moved = self.plant.step(torch.as_tensor(state[:, 1:]), torch.as_tensor(act)).numpy()
+        after = np.concatenate([state[:, :1] + self.plant.DT, moved], 1)
+        broken = ~(np.abs(after) < 1e6).all(1)
+        after[broken] = state[broken]
+        return after, broken | (after[:, 2] < self.floor)
+
+
+def _body(task, threads=1):
+    return _PlanarBody(task) if plant(task) else _Body(task, threads)
+
+
 def _height_term(x, top, slope):
     """-200 x^2 below 0, slope x above, for x clipped to [-1, top]."""
     x = np.clip(x, -1, top)
@@ -864,7 +886,7 @@ class _Walker(_Env):
     """A single body of LOCOMOTION, equal to a row of Herd."""
 
     def __init__(self, task, seed, obs, size):
-        self._env = _Body(task)
+        self._env = _body(task)
         self._renderer = None
         self._setup(task, seed, obs, size, task_facts(task))
 
@@ -911,7 +933,7 @@ class Herd:
         if n < 1 or threads < 1:
             raise SystemExit(f"Herd got n={n}, threads={threads}; expected 1 or more of each")
         self.task, self.n, self.seed, self.facts = task, n, seed, task_facts(task)
-        self._body = _Body(task, threads)
+        self._body = _body(task, threads)
         self._state = np.zeros((n, 1 + self._body.nq + self._body.model.nv))
         self._last, self.t, self._episode = np.zeros((n, self.facts.act_dim)), np.zeros(n, int), np.zeros(n, int)
 
@@ -961,7 +983,7 @@ def _bad_actions(task, act, shape):
 def _herd_rollout(jobs, policy, progress, max_envs, threads):
     """Workers.rollout for jobs of one body of LOCOMOTION: the same episodes, in this process."""
     task, facts = jobs[0][0], task_facts(jobs[0][0])
-    body, todo, results = _Body(task, threads), list(range(len(jobs)))[::-1], [None] * len(jobs)
+    body, todo, results = _body(task, threads), list(range(len(jobs)))[::-1], [None] * len(jobs)
     n = min(len(jobs), max_envs)
     state, last = np.zeros((n, 1 + body.nq + body.model.nv)), np.zeros((n, facts.act_dim))
     job, t = np.full(n, -1), np.zeros(n, int)
@@ -1098,6 +1120,10 @@ class DoublePendulum:
         """-wrap(theta1)^2 - wrap(theta2)^2 - 0.1 (rates squared), of the state after a step (reference code)."""
         return -(self.state(obs).square() @ obs.new_tensor([1.0, 1.0, 0.1, 0.1]))
 
+    def step_reward(self, obs, act):
+        """The reward of a step from obs (.., 6) with act (.., 1)."""
+        return self.reward(self.observe(self.step(self.state(obs), act)))
+
     def energy(self, state):
         """Kinetic plus potential energy in joules, zero at the hinge's height: (.., 4) -> (..)."""
         a1, a2, v1, v2 = state.unbind(-1)
@@ -1106,9 +1132,144 @@ class DoublePendulum:
         return kinetic + self.G * (1.5 * a1.cos() + 0.5 * (a1 + a2).cos())
 
 
+class PlanarHopper:
+    """The hopper of LOCOMOTION with the contacts of PWM's simulator, in batched torch and differentiable.
+
+    A chain of four links in the x-z plane with the masses and lengths of gymnasium's hopper.xml. state (.., 12):
+    x, z (m), pitch, thigh, leg, foot (rad), then their rates, as MuJoCo orders them. One step is 1/60 s in 8 substeps
+    of semi-implicit Euler; as in the reference code the mass matrix is that of the step's beginning, every joint is
+    damped, and the ends of the capsules are springs of ke N/m on the floor with damping and friction. `stiffness`
+    multiplies ke and kd: 5 is the stiff contact of Fig. 7a."""
+
+    DT, SUBSTEPS, TORQUE, KF, FRICTION, LIMIT = 1 / 60, 8, 200.0, 1e3, 0.9, 1e3
+    DAMPING = (10.0, 10.0, 10.0, 12.0, 12.0, 12.0)    # N s/m, N m s/rad
+    FLOOR = 0.8                                       # metres of the torso, below which the episode ends
+
+    def __init__(self, stiffness=1.0):
+        m = _body_model("hopper")
+        self.ke, self.kd, self.gravity = 2e4 * stiffness, 2e3 * stiffness, -float(m.opt.gravity[2])
+        plane, hinge = [0, 2], m.jnt_pos[2:]          # one hinge per body, after the two slides of the torso
+        self.sign = m.jnt_axis[2:, 1]                 # pitch turns about +y, the joints about -y
+        parent = np.concatenate([[[0, 0, 0]], hinge[:-1]])
+        self.offset = (m.body_pos[1:] + hinge - parent)[1:, plane]       # from hinge to hinge, in the parent's frame
+        self.com = (m.body_ipos[1:] - hinge)[:, plane]                   # from a body's hinge to its centre
+        self.mass = m.body_mass[1:]
+        turn = np.stack([_rotation(q) for q in m.body_iquat[1:]])
+        self.inertia = np.einsum("bi,bi->b", turn[:, 1] ** 2, m.body_inertia[1:])             # about y
+        geom = np.arange(1, m.ngeom)                  # without the floor
+        body = m.geom_bodyid[geom] - 1
+        half = np.stack([_rotation(m.geom_quat[g])[:, 2] * m.geom_size[g, 1] for g in geom])
+        ends = np.concatenate([m.geom_pos[geom] + half, m.geom_pos[geom] - half]) - hinge[np.tile(body, 2)]
+        self.end, self.owner, self.radius = ends[:, plane], np.tile(body, 2), np.tile(m.geom_size[geom, 0], 2)
+        self.low, self.high = m.jnt_range[3:].T
+        self.armature = m.dof_armature[3]             # 1 on all six coordinates, as in the reference
+        self.moves = np.tril(np.ones((4, 4)))         # [b, j]: hinge j moves body b
+
+    def _links(self, q):
+        """Places of the hinges (.., 4, 2) and a function that turns vectors (n, 2) of bodies (n,) into the world."""
+        import torch
+        angle = (q[..., 2:] * q.new_tensor(self.sign)).cumsum(-1)
+        c, s = angle.cos(), angle.sin()
+
+        def turned(r, body):
+            r, c_, s_ = q.new_tensor(r), c[..., body], s[..., body]
+            return torch.stack([c_ * r[:, 0] + s_ * r[:, 1], c_ * r[:, 1] - s_ * r[:, 0]], -1)
+
+        rest = q[..., None, :2] + turned(self.offset, [0, 1, 2]).cumsum(-2)
+        return torch.cat([q[..., None, :2], rest], -2), turned
+
+    def _jacobian(self, points, hinges, owner):
+        """How the hinges move points (.., n, 2) of bodies owner (n,): (.., n, 4, 2). Slides move all alike."""
+        import torch
+        lever = points[..., None, :] - hinges[..., None, :, :]
+        turn = torch.stack([lever[..., 1], -lever[..., 0]], -1)
+        return turn * points.new_tensor(self.moves[owner] * self.sign)[..., None]
+
+    def mass_matrix(self, q):
+        """M(q): (.., 6) -> (.., 6, 6), with armature."""
+        import torch
+        hinges, turned = self._links(q)
+        J = self._jacobian(hinges + turned(self.com, [0, 1, 2, 3]), hinges, np.arange(4))
+        mass, spin = q.new_tensor(self.mass), q.new_tensor(self.moves * self.sign)
+        hinge = torch.einsum("b,...bix,...bjx->...ij", mass, J, J)
+        hinge = hinge + torch.einsum("b,bi,bj->ij", q.new_tensor(self.inertia), spin, spin)
+        mixed = torch.einsum("b,...bjx->...xj", mass, J)                                      # (.., 2, 4)
+        slide = (mass.sum() * torch.eye(2, dtype=q.dtype)).expand(*q.shape[:-1], 2, 2)
+        M = torch.cat([torch.cat([slide, mixed], -1), torch.cat([mixed.transpose(-1, -2), hinge], -1)], -2)
+        return M + self.armature * torch.eye(6, dtype=q.dtype)
+
+    def forces(self, q, v):
+        """bias(q, v), i.e. Coriolis, centrifugal and weight, and contact forces, both (.., 6)."""
+        import torch
+        hinges, turned = self._links(q)
+        rate = (v[..., 2:] * q.new_tensor(self.sign)).cumsum(-1)                              # of every body
+        com = turned(self.com, [0, 1, 2, 3])
+        J = self._jacobian(hinges + com, hinges, np.arange(4))
+        inward = -rate.square()[..., None]                                                    # w x (w x r) = -w^2 r
+        between = inward[..., :3, :] * (hinges[..., 1:, :] - hinges[..., :3, :])
+        acc = torch.cat([torch.zeros_like(between[..., :1, :]), between.cumsum(-2)], -2) + inward * com
+        weighed = q.new_tensor(self.mass)[:, None] * (acc + q.new_tensor([0, self.gravity]))
+        bias = torch.cat([weighed.sum(-2), torch.einsum("...bjx,...bx->...j", J, weighed)], -1)
+
+        ends = hinges[..., self.owner, :] + turned(self.end, self.owner)
+        depth = (q.new_tensor(self.radius) - ends[..., 1]).relu()                             # (.., 8)
+        lowest = ends - torch.stack([torch.zeros_like(depth), q.new_tensor(self.radius).expand_as(depth)], -1)
+        J = self._jacobian(lowest, hinges, self.owner)
+        speed = v[..., None, :2] + torch.einsum("...njx,...j->...nx", J, v[..., 2:])
+        push = depth * (self.ke + self.kd * (-speed[..., 1]).relu())
+        slip = speed[..., 0]
+        grip = torch.minimum(self.KF * slip.abs(), self.FRICTION * self.ke * depth)
+        force = torch.stack([-grip * slip.sign(), push], -1)                                  # (.., 8, 2)
+        return bias, torch.cat([force.sum(-2), torch.einsum("...njx,...nx->...j", J, force)], -1)
+
+    def step(self, state, act):
+        """state (.., 12), act (.., 3) in [-1, 1] -> the state 1/60 s later."""
+        import torch
+        q, v = state.chunk(2, -1)
+        inverse = torch.linalg.inv(self.mass_matrix(q))
+        torque, damping = self.TORQUE * act, q.new_tensor(self.DAMPING)
+        low, high, h = q.new_tensor(self.low), q.new_tensor(self.high), self.DT / self.SUBSTEPS
+        for _ in range(self.SUBSTEPS):
+            bias, contact = self.forces(q, v)
+            joints = torque - self.LIMIT * ((q[..., 3:] - high).relu() - (low - q[..., 3:]).relu())
+            force = contact - bias - damping * v + torch.cat([torch.zeros_like(joints), joints], -1)
+            v = v + h * (inverse @ force[..., None])[..., 0]
+            q = q + h * v
+        return torch.cat([q, v], -1)
+
+    def observe(self, state):
+        """(.., 12) -> (.., 11): height - 1.25, pitch, joints, rates."""
+        import torch
+        return torch.cat([state[..., 1:2] - 1.25, state[..., 2:]], -1)
+
+    def state(self, obs):
+        """The inverse of observe, at x = 0: (.., 11) -> (.., 12)."""
+        import torch
+        return torch.cat([torch.zeros_like(obs[..., :1]), obs[..., :1] + 1.25, obs[..., 1:]], -1)
+
+    def step_reward(self, obs, act):
+        """Reward (..) of a step from obs (.., 11) with act (.., 3), as _Body.reward has it."""
+        height = (obs[..., 0] + 0.3).clamp(-1, 0.3)
+        height = height - height.clamp(max=0) - 200 * height.clamp(max=0).square()
+        return obs[..., 5] + height + 1 - (obs[..., 1] / (math.pi / 6)).square() - 0.1 * act.square().sum(-1)
+
+    def ended(self, obs):
+        """Whether a step into obs (.., 11) ended the episode: (..) bool."""
+        return obs[..., 0] + 1.25 < self.FLOOR
+
+
+def _rotation(quaternion):
+    import mujoco
+    matrix = np.zeros(9)
+    mujoco.mju_quat2Mat(matrix, quaternion)
+    return matrix.reshape(3, 3)
+
+
 def plant(task):
-    """The differentiable plant of a task of TOY (BallWall or DoublePendulum), None for any other task."""
-    return {"ball-wall": BallWall, "double-pendulum": DoublePendulum}.get(task, lambda: None)()
+    """The differentiable plant of a task (BallWall, DoublePendulum, PlanarHopper), None if it has none."""
+    plants = {"ball-wall": BallWall, "double-pendulum": DoublePendulum, "planar-hopper": PlanarHopper,
+              "stiff-hopper": lambda: PlanarHopper(5.0)}
+    return plants.get(task, lambda: None)()
 
 
 class _Toy(_Env):

@@ -9,6 +9,8 @@ policies} make it. TD-MPC2's policy prior, Q ensemble and MPPI planner are here 
     python pwm.py --task mt30                 # thirty policies and a table beside the paper's
     python pwm.py --task hopper               # one body of LOCOMOTION or a gymnasium id: episodes that end (--episodic)
     python pwm.py --task ball-wall            # Fig. 2; --task double-pendulum: Fig. 3, and SHAC on the true plant
+    python pwm.py --task planar-hopper --true-plant    # SHAC: the same updates through the true, differentiable plant
+    python pwm.py --ablation all              # Figs. 7b, 8, 14, 18, 19 as one table; --ablation stiffness: Fig. 7a
 
 Copy me together with envs.py and data.py. Shapes: N tasks, B batch, H horizon, O obs, A action, L latent, E critics
 or Qs, K = 101 bins; time first: obs (H+1, B, O), act (H, B, A), rew (H, B); stacked networks (N, ..).
@@ -52,7 +54,7 @@ import torch.nn.functional as F
 import tyro
 
 from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
-from envs import SUITES, Workers, make_env, plant, score, task_facts
+from envs import SUITES, TOY, Workers, make_env, plant, score, task_facts
 
 MT30, MT80 = SUITES["mt30"], SUITES["mt80"]
 
@@ -89,6 +91,19 @@ class Args:
     episodic: bool | None = None
     """the paper's single-task variant: a scalar head for scaled rewards, learnt ends of episodes, short episodes used,
     roll-outs counted in steps; default: for one body of LOCOMOTION or one gymnasium id (deviations 8 and 9)"""
+
+    # ablations
+    ablation: str | None = None
+    """all, or some of activation, model-updates, wm-horizon, batch, objective, shared, latency (comma list): one table
+    on four tasks, or those of --task; stiffness: SHAC and PWM on soft and stiff contacts"""
+    activation: Literal["simnorm", "mish", "relu"] = "simnorm"
+    """of the world model: Mish, with SimNorm where a latent is made; or Mish or ReLU everywhere (Fig. 8a)"""
+    shared_policy: bool = False
+    """one actor and critic for all tasks, which see the task's embedding (Fig. 18)"""
+    td_actor: bool = False
+    """the actor maximises the mean TD(lambda) return of the imagined steps instead of Eq. (6) (Fig. 19)"""
+    true_plant: bool = False
+    """SHAC: the task's differentiable plant in the place of the world model (planar-hopper, stiff-hopper)"""
 
     # budget: left out, these follow from device and number of tasks and are printed at the start
     model_size: Literal[1, 5, 19, 48, 317] | None = None
@@ -148,9 +163,12 @@ class Args:
     eval_episodes: int | None = None
     """deterministic episodes per task at the end, and as many of a random policy (default 10)"""
     seeds: int | None = None
-    """toys: networks of ball-wall (default 100), learned models per horizon of double-pendulum (default 3)"""
+    """toys: networks of ball-wall (default 100), learned models per horizon of double-pendulum (default 3); --ablation:
+    trainings of every variant (default 3, activation 5)"""
     planner_episodes: int = 0
     """also train TD-MPC2's prior and Q on the same model and data, and evaluate its planner for so many episodes"""
+    prior: bool = False
+    """also train them, and evaluate the prior: TD-MPC2 without planning (Figs. 8b and 18)"""
     save_every: float = 60.0
     """seconds between checkpoints"""
 
@@ -297,8 +315,11 @@ class WorldModel(nn.Module):
     `episodic` is the single-task variant: a scalar head for rewards divided by `rew_std`, and a head for ends.
     """
 
-    def __init__(self, obs_dim, act_dims, enc_layers, enc_hidden, hidden, latent, task_dim, episodic=False):
+    def __init__(self, obs_dim, act_dims, enc_layers, enc_hidden, hidden, latent, task_dim, episodic=False,
+                 activation="simnorm"):
         super().__init__()
+        inner, last = {"simnorm": (mish, simnorm), "mish": (mish, mish), "relu": (F.relu, F.relu)}[activation]
+        block = functools.partial(NormedLinear, act=inner)
         self.episodic = bool(episodic)
         self.obs_dim, self.act_dims, self.latent, self.task_dim = obs_dim, tuple(act_dims), latent, task_dim
         self.tasks = ()  # names of the task rows, where known
@@ -306,15 +327,14 @@ class WorldModel(nn.Module):
         self.register_buffer("act_mask", torch.tensor([[float(j < d) for j in range(A)] for d in act_dims]),
                              persistent=False)
         widths = [obs_dim + task_dim] + [enc_hidden] * max(enc_layers - 1, 1)
-        self.encoder = nn.Sequential(*(NormedLinear(i, j) for i, j in zip(widths, widths[1:])),
-                                     NormedLinear(widths[-1], latent, simnorm))
+        self.encoder = nn.Sequential(*(block(i, j) for i, j in zip(widths, widths[1:])),
+                                     NormedLinear(widths[-1], latent, last))
         i = latent + task_dim + A
-        self.dynamics = nn.Sequential(NormedLinear(i, hidden), NormedLinear(hidden, hidden),
-                                      NormedLinear(hidden, latent, simnorm))
-        self.reward_head = nn.Sequential(NormedLinear(i, hidden), NormedLinear(hidden, hidden),
+        self.dynamics = nn.Sequential(block(i, hidden), block(hidden, hidden), NormedLinear(hidden, latent, last))
+        self.reward_head = nn.Sequential(block(i, hidden), block(hidden, hidden),
                                          nn.Linear(hidden, 1 if episodic else BINS))
         if episodic:
-            self.end_head = nn.Sequential(NormedLinear(latent + task_dim, hidden), nn.Linear(hidden, 1))
+            self.end_head = nn.Sequential(block(latent + task_dim, hidden), nn.Linear(hidden, 1))
             self.register_buffer("rew_std", torch.ones(()))  # of all rewards collected so far
         if task_dim:
             self.task_emb = nn.Embedding(len(act_dims), task_dim)
@@ -348,6 +368,34 @@ class WorldModel(nn.Module):
         if self.task_dim:
             norm = self.task_emb.weight.norm(dim=1, keepdim=True)
             self.task_emb.weight.mul_(torch.where(norm > 1, 1 / (norm + 1e-7), 1.0))
+
+
+class TruePlant(nn.Module):
+    """A differentiable plant behind the interface of a WorldModel: its latent is the observation. Extracting a policy
+    from it by `update_policies` is SHAC: the same first-order gradients, through the true dynamics."""
+
+    task_dim = 0
+
+    def __init__(self, plant, task, rew_std=1.0):
+        super().__init__()
+        facts = task_facts(task)
+        self.plant, self.episodic, self.tasks = plant, hasattr(plant, "ended"), (task,)
+        self.obs_dim = self.latent = facts.obs_dim
+        self.act_dims = (facts.act_dim,)
+        self.register_buffer("act_mask", torch.ones(1, facts.act_dim), persistent=False)
+        self.register_buffer("rew_std", torch.tensor(float(rew_std)))
+
+    def encode(self, obs, task):
+        return obs  # (.., B, O)
+
+    def next(self, z, act, task):
+        return self.plant.observe(self.plant.step(self.plant.state(z), act))  # (.., B, O)
+
+    def reward(self, z, act, task):
+        return self.plant.step_reward(z, act)[..., None] / self.rew_std  # (.., B, 1)
+
+    def end(self, z, task):
+        return torch.where(self.plant.ended(z), 30.0, -30.0)  # (.., B) logits: certain
 
 
 def init_trunc_normal(m):
@@ -420,6 +468,12 @@ class Actors(nn.Module):
     def clamp_std(self):
         self.log_std.clamp_(min=self.MIN_LOG_STD)
 
+    def first(self):
+        """The first task's actor alone, as one would deploy it."""
+        one = Actors(self.act_mask[:1, 0], self.mu.weight[0].shape[1], [w.shape[2] for w in self.mu.weight[:-1]])
+        one.load_state_dict({k: v[:1] for k, v in self.state_dict().items()})
+        return one.to(self.act_mask.device)
+
 
 class Critics(nn.Module):
     """E value functions per task: z (N, B, L) -> (N, E, B)."""
@@ -432,6 +486,44 @@ class Critics(nn.Module):
     def forward(self, z):
         x = z[:, None].expand(-1, self.E, -1, -1).flatten(0, 1)  # (N E, B, L)
         return self.v(x).view(self.n, self.E, -1)
+
+
+def tell_task(z, wm, rows):
+    """z (N, B, L) -> (1, N B, L + e): every latent with its task's embedding, in one batch."""
+    e = wm.task_emb(rows).detach()[:, None].expand(-1, z.shape[1], -1)
+    return torch.cat([z, e], -1).flatten(0, 1)[None]
+
+
+class SharedActor(Actors):
+    """--shared-policy: the interface of Actors with one network for all tasks (Fig. 18)."""
+
+    def __init__(self, wm, rows):
+        super().__init__(torch.ones(1, wm.act_mask.shape[1]), wm.latent + wm.task_dim)
+        self.wm, self.rows = [wm], rows  # in a list: not a sub-module
+        self.act_mask = wm.act_mask[rows][:, None]
+
+    def forward(self, z, eps=None):
+        u = self.mu(tell_task(z, self.wm[0], self.rows.to(z.device))).view(*z.shape[:2], -1)
+        if eps is not None:
+            u = u + self.log_std.exp() * eps
+        return torch.tanh(u) * self.act_mask
+
+    def first(self):
+        one = SharedActor(self.wm[0], self.rows[:1]).to(self.act_mask.device)
+        one.load_state_dict(self.state_dict())
+        return one
+
+
+class SharedCritics(Critics):
+    """The interface of Critics with one set of critics for all tasks."""
+
+    def __init__(self, wm, rows):
+        super().__init__(1, wm.latent + wm.task_dim)
+        self.wm, self.rows = [wm], rows
+
+    def forward(self, z):
+        v = super().forward(tell_task(z, self.wm[0], self.rows.to(z.device)))  # (1, E, N B)
+        return v.view(self.E, *z.shape[:2]).transpose(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------- losses and updates
@@ -480,20 +572,26 @@ def imagine(wm, actors, obs, eps, task, pseudo=True):
     return z.view(len(z), N, B, -1), rew.view(-1, N, B), alive
 
 
-def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam, pseudo=True):
+def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam, pseudo=True, td=False):
     """Eq. (6) with returns divided by their running deviation; and the critic's data (z, lambda-returns).
 
+    td: the mean TD(lambda) return of the imagined steps in the place of Eq. (6) (App. F.3), through model and critic.
     Returns (sum of the tasks' losses, J (N,), z (N, H B, L), targets (N, H B)).
     """
     z, rew, alive = imagine(wm, actors, obs, eps, task, pseudo)
     H, N, B = rew.shape
-    discount = (gamma ** torch.arange(H, device=z.device))[:, None, None]
-    last = gamma**H
+    discount = (gamma ** torch.arange(H + 1, device=z.device))[:, None, None]
+    reached = torch.ones_like(discount)
     if alive is not None:  # steps count by the probability that the episode has come so far; an end has no value
-        so_far = alive.cumprod(0)
-        discount, last = discount * torch.cat([torch.ones_like(alive[:1]), so_far[:-1]]), last * so_far[-1]
+        reached = torch.cat([torch.ones_like(alive[:1]), alive.cumprod(0)])  # (H+1, N, B)
     value_H = critics(z[-1]).amin(1)  # (N, B), differentiable
-    J = (discount * rew).sum(0) + last * value_H  # (N, B)
+    if td:
+        values = [critics(x).amin(1) for x in z[1:-1]] + [value_H]
+        goal = lambda_return(rew, torch.stack([value_H, *values]), gamma, lam, alive)  # (H, N, B)
+        J = (reached[:-1] * goal).mean(0)
+    else:
+        weight = discount * reached
+        J = (weight[:-1] * rew).sum(0) + weight[-1] * value_H  # (N, B)
     with torch.no_grad():
         stats.update(J)
         flat = z[1:-1].transpose(0, 1).flatten(1, 2)  # (N, (H-1) B, L)
@@ -575,8 +673,9 @@ def update_policies(fns, nets, opts, obs, noise, perm, task, hp):
     """
     wm, actors, critics, stats = (nets[k] for k in ("wm", "actors", "critics", "stats"))
     actor_fn, critic_fn = fns
-    n = len(obs)
-    loss, J, z, target = actor_fn(wm, actors, critics, stats, obs, noise, task, hp.gamma, hp.lam, not hp.symexp)
+    n = len(actors.log_std)
+    loss, J, z, target = actor_fn(wm, actors, critics, stats, obs, noise, task, hp.gamma, hp.lam, not hp.symexp,
+                                  hp.td_actor)
     opts["actors"].zero_grad(set_to_none=True)
     loss.backward()
     actor_norm = clip_per_task(list(actors.parameters()), 1.0, n)
@@ -766,7 +865,7 @@ def load_world_model(path, device="cpu"):
         raise SystemExit(f"{path} has {rew[-1]['weight'].shape[0]} reward classes and {act_dim} actions for {n} tasks; "
                          f"expected {BINS} and {max(dims)}: not a world model of this family")
     wm = WorldModel(enc[0]["weight"].shape[1] - e, dims, len(enc), enc[0]["weight"].shape[0],
-                    dyn[0]["weight"].shape[0], latent, e, bool(end))
+                    dyn[0]["weight"].shape[0], latent, e, bool(end), file.get("args", {}).get("activation", "simnorm"))
     state = {k: weights[k] for k in ("task_emb.weight", "rew_std") if k in weights}
     for name, layers in (("encoder", enc), ("dynamics", dyn), ("reward_head", rew), ("end_head", end)):
         state |= {f"{name}.{i}.{field}": x for i, layer in enumerate(layers) for field, x in layer.items()}
@@ -883,11 +982,15 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
     ("cpu", "episodic"): dict(model_size=1, rounds=30, seed_episodes=12, round_episodes=8, wm_steps=12_000,
                               wm_batch=128, wm_horizon=4, wm_lr=1e-3, policy_steps=6_000, policy_batch=64,
                               critic_passes=1),
+    ("cpu", "plant"): dict(rounds=20, seed_episodes=4, round_episodes=2, policy_steps=400, policy_batch=64,
+                           critic_passes=4),
     ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256,
                           wm_horizon=16, wm_lr=3e-4, policy_steps=20_000, policy_batch=64, critic_passes=8),
     ("cuda", "episodic"): dict(model_size=5, rounds=60, seed_episodes=20, round_episodes=64, wm_steps=60_000,
                                wm_batch=256, wm_horizon=16, wm_lr=3e-4, policy_steps=15_000, policy_batch=64,
                                critic_passes=8),
+    ("cuda", "plant"): dict(rounds=40, seed_episodes=4, round_episodes=4, policy_steps=2_000, policy_batch=64,
+                            critic_passes=8),
     ("cuda", "many"): dict(model_size=48, rounds=6, seed_episodes=40, round_episodes=20, wm_steps=100_000,
                            wm_batch=1024, wm_horizon=16, wm_lr=3e-4, policy_steps=10_000, policy_batch=64,
                            critic_passes=8),
@@ -936,16 +1039,26 @@ def read_resume(args):
 
 def fill_budget(args, device, n_tasks, world):
     """Args with the defaults of this device for the flags that were left out. SystemExit: flags that contradict."""
-    if world > 1 and args.planner_episodes:
-        raise SystemExit("the TD-MPC2 baseline trains on one process: leave --planner-episodes out under torchrun")
+    heads = args.planner_episodes or args.prior
+    if world > 1 and heads:
+        raise SystemExit("the TD-MPC2 baseline trains on one process: leave --planner-episodes and --prior out under "
+                         "torchrun")
     if args.eval_only and not args.checkpoint:
         raise SystemExit("--eval-only needs --checkpoint runs/<name>/checkpoint.pt")
     if args.workers < 1:
         raise SystemExit(f"--workers {args.workers}: expected at least 1, e.g. --workers {os.cpu_count()}")
-    if args.episodic and (n_tasks > 1 or args.planner_episodes):
-        raise SystemExit("--episodic is for one task and without --planner-episodes, whose rewards come in 101 "
-                         "classes: name one task, or type --no-episodic")
-    kind = "many" if n_tasks > 1 else "episodic" if args.episodic else "one"
+    if args.episodic and (n_tasks > 1 or heads):
+        raise SystemExit("--episodic is for one task and without --planner-episodes and --prior, whose rewards come in "
+                         "101 classes: name one task, or type --no-episodic")
+    if args.shared_policy and (n_tasks == 1 or args.eval_only):
+        raise SystemExit("--shared-policy trains one policy for several tasks: type --task with two or more, and leave "
+                         "--eval-only out")
+    if args.true_plant:
+        if n_tasks > 1 or not hasattr(plant(args.task), "ended") or args.checkpoint or args.data_dir or world > 1:
+            raise SystemExit(f"--true-plant computes gradients through a plant, and {args.task} has none: type --task "
+                             "planar-hopper or stiff-hopper, alone and without --checkpoint and --data-dir")
+        args = replace(args, model_size=1, wm_steps=0, wm_batch=1, wm_horizon=1, wm_lr=0.0)
+    kind = "many" if n_tasks > 1 else "plant" if args.true_plant else "episodic" if args.episodic else "one"
     budget = dict(BUDGETS["fast"] if args.fast else BUDGETS[device.type, kind])
     if args.checkpoint:
         del budget["model_size"]  # the file says
@@ -1071,9 +1184,12 @@ class Trainer:
         self.args, self.tasks, self.device = args, tasks, device
         self.facts = [task_facts(t) for t in tasks]
         torch.manual_seed(args.seed)
-        wm = load_world_model(args.checkpoint) if args.checkpoint else WorldModel(
-            max(f.obs_dim for f in self.facts), [f.act_dim for f in self.facts],
-            **model_dims(args.model_size, len(tasks), tasks == MT80), episodic=args.episodic)
+        if args.true_plant:
+            wm = TruePlant(plant(tasks[0]), tasks[0])
+        else:
+            wm = load_world_model(args.checkpoint) if args.checkpoint else WorldModel(
+                max(f.obs_dim for f in self.facts), [f.act_dim for f in self.facts], episodic=args.episodic,
+                activation=args.activation, **model_dims(args.model_size, len(tasks), tasks == MT80))
         wm.tasks = wm.tasks or tasks
         self.args = args = replace(args, episodic=wm.episodic)  # a file says what it is
         if args.checkpoint and args.model_size:
@@ -1082,14 +1198,15 @@ class Trainer:
                 raise SystemExit(f"{args.checkpoint} has {wm.latent} latents and --model-size {args.model_size} means "
                                  f"{asked}: leave --model-size out, the file says the sizes")
         self.rows = task_rows(wm, tasks, self.facts, args.checkpoint)  # (N,) rows of the world model's task table
-        self.nets = nn.ModuleDict(dict(wm=wm, actors=Actors(wm.act_mask[self.rows], wm.latent),
-                                       critics=Critics(len(tasks), wm.latent), stats=ReturnStats(len(tasks))))
-        if args.planner_episodes:
+        policies = ((SharedActor(wm, self.rows), SharedCritics(wm, self.rows)) if args.shared_policy
+                    else (Actors(wm.act_mask[self.rows], wm.latent), Critics(len(tasks), wm.latent)))
+        self.nets = nn.ModuleDict(dict(wm=wm, actors=policies[0], critics=policies[1], stats=ReturnStats(len(tasks))))
+        if args.planner_episodes or args.prior:
             self.nets["tdmpc2"] = (load_tdmpc2(wm, args.checkpoint) if args.checkpoint
                                    else TDMPC2(wm, SIZES[args.model_size][2], SIZES[args.model_size][4]))
         self.nets.to(device)
         self.wm, self.rows = wm, self.rows.to(device)
-        self.heads = self.nets["tdmpc2"] if args.planner_episodes else None
+        self.heads = self.nets["tdmpc2"] if "tdmpc2" in self.nets else None
         self.discount = torch.tensor([task_discount(f.episode_length) for f in self.facts], device=device)
         self.opts = make_optimizers(self.nets, args.wm_lr, args.policy_lr, args.beta1)
         self.rng = {k: torch.Generator(device).manual_seed(args.seed + i) for i, k in enumerate(("model", "policy"))}
@@ -1175,6 +1292,9 @@ class Trainer:
         sampler = SimpleNamespace(sequences=lambda *_: sequences, starts=lambda *_: starts)
         seconds = []
         for freeze, update in ((False, twin.update_model), (True, twin.update_policies)):
+            if a.true_plant and not freeze:
+                seconds.append(1.0)  # never done
+                continue
             twin.wm.requires_grad_(not freeze)
             for _ in range(2):  # the first call warms up
                 start = time.perf_counter()
@@ -1201,10 +1321,11 @@ def make_optimizers(nets, wm_lr=3e-4, policy_lr=5e-4, beta1=0.7):
     wm, adam = nets["wm"], functools.partial(torch.optim.Adam, fused=True)
     rest = [p for name, p in wm.named_parameters() if not name.startswith("encoder")]
     q = list(nets["tdmpc2"].q.parameters()) if "tdmpc2" in nets else []
-    model = [dict(params=list(wm.encoder.parameters()), lr=0.3 * wm_lr), dict(params=rest + q, lr=wm_lr)]
-    opts = dict(model=adam(model, lr=wm_lr),
-                actors=adam(nets["actors"].parameters(), lr=policy_lr, betas=(beta1, 0.95)),
+    opts = dict(actors=adam(nets["actors"].parameters(), lr=policy_lr, betas=(beta1, 0.95)),
                 critics=adam(nets["critics"].parameters(), lr=policy_lr, betas=(beta1, 0.95)))
+    if rest:  # a true plant has no parameters
+        model = [dict(params=list(wm.encoder.parameters()), lr=0.3 * wm_lr), dict(params=rest + q, lr=wm_lr)]
+        opts["model"] = adam(model, lr=wm_lr)
     if "tdmpc2" in nets:
         opts["prior"] = adam(nets["tdmpc2"].pi.parameters(), lr=wm_lr, eps=1e-5)
     return opts
@@ -1224,8 +1345,9 @@ def announce(trainer, own, plan, device_text, folder):
     print(f"PWM on {n} task{'s' * (n > 1)} ({a.task}), seed {a.seed}, {device_text}, "
           f"{'bfloat16 products' if a.bf16 else 'float32'}, {'compiled' if a.compile else 'eager'}, "
           f"{a.workers} roll-out workers")
-    print(f"world model of {sum(p.numel() for p in trainer.wm.parameters()):,} parameters, "
-          + (f"from {a.checkpoint}" if a.checkpoint else f"--model-size {a.model_size}")
+    print(("SHAC: gradients through the true plant" if a.true_plant else
+           f"world model of {sum(p.numel() for p in trainer.wm.parameters()):,} parameters, "
+           + (f"from {a.checkpoint}" if a.checkpoint else f"--model-size {a.model_size}"))
           + ("" if a.eval_only else ", own data" if own else f", data from {a.data_dir}")
           + (", episodic: scalar rewards, learnt ends" if a.episodic else ""))
     if plan:
@@ -1283,10 +1405,14 @@ def evaluate(workers, trainer, progress):
 
     columns = dict(random=run(args.eval_episodes, lambda obs, *_: rng.uniform(-1, 1, (len(obs), A))),
                    ours=run(args.eval_episodes, lambda obs, task, *_: trainer.policy(obs, task)))
-    one = torch.zeros(1, dtype=torch.long, device=device)
-    obs = torch.zeros(1, wm.obs_dim, device=device)
-    single = single_actor(trainer.nets["actors"], wm)
-    latency = dict(ours=milliseconds(lambda: single(wm.encode(obs, rows[one])[None]), device))
+    if args.prior:
+        def prior(obs, task, *_):
+            row = rows[torch.as_tensor(task, device=device)]
+            z = wm.encode(pad(obs, wm.obs_dim, device), row)
+            return heads.policy(z, row, z.new_zeros(len(z), wm.act_mask.shape[1]))[0][:, :A].cpu().numpy()
+
+        with torch.no_grad():
+            columns["prior"] = run(args.eval_episodes, prior)
     if args.planner_episodes:
         heads.eval()  # no dropout
         gen = torch.Generator(device).manual_seed(args.seed)
@@ -1301,9 +1427,19 @@ def evaluate(workers, trainer, progress):
             return a[:, :A].cpu().numpy()
 
         columns["planner"] = run(args.planner_episodes, planner, "planner")
-        latency["planner"] = milliseconds(lambda: plan(wm, heads, wm.encode(obs, rows[one]), rows[one], means[:1],
-                                                       discount[:1], gen), device, 5)
-    return columns, latency
+    return columns, action_latency(trainer, args.planner_episodes)
+
+
+def action_latency(trainer, planner):
+    """Median milliseconds for one action of the first task: {"ours"} and, if asked, {"planner"}."""
+    wm, rows, device = trainer.wm, trainer.rows[:1], trainer.device
+    obs, single = torch.zeros(1, wm.obs_dim, device=device), trainer.nets["actors"].first()
+    out = dict(ours=milliseconds(lambda: single(wm.encode(obs, rows)[None]), device))
+    if planner:
+        mean, gen = torch.zeros(1, 3, wm.act_mask.shape[1], device=device), torch.Generator(device).manual_seed(0)
+        out["planner"] = milliseconds(lambda: plan(wm, trainer.heads.eval(), wm.encode(obs, rows), rows, mean,
+                                                   trainer.discount[:1], gen), device, 5)
+    return out
 
 
 def milliseconds(fn, device, n=50):
@@ -1323,13 +1459,6 @@ def pad(obs, width, device):
     """numpy (n, o) -> tensor (n, width) with zeros at the end"""
     obs = torch.as_tensor(obs, device=device)
     return F.pad(obs, (0, width - obs.shape[1]))
-
-
-def single_actor(actors, wm):
-    """The first task's actor alone, as one would deploy it."""
-    one = Actors(actors.act_mask[:1, 0], wm.latent).to(actors.act_mask.device)
-    one.load_state_dict({k: v[:1] for k, v in actors.state_dict().items()})
-    return one
 
 
 def points(task, played):
@@ -1362,8 +1491,8 @@ def report(run, trainer, columns, latency, seconds, device_text):
     if tasks[0] in DFLEX:
         names_of = zip(("PPO", "SAC", "TD-MPC2", "SHAC", "PWM"), DFLEX[tasks[0]])
         print("published for other physics, not comparable: " + ", ".join(f"{k} {v}" for k, v in names_of))
-    result = dict(stamp(args, seconds, device_text), summary=summary, table=rows, episodes=raw, ms_per_action=latency,
-                  history=trainer.history)
+    result = dict(stamp(args, seconds, device_text), folder=str(run.dir), summary=summary, table=rows, episodes=raw,
+                  ms_per_action=latency, history=trainer.history)
     write_text(run.dir / "results.json", json.dumps(result, indent=1))
     with open(run.dir / "results.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, ["task", *names], extrasaction="ignore")
@@ -1572,26 +1701,6 @@ def figure_ball_wall(path, ball, grid, rows, kept):
     plt.close(fig)
 
 
-class TruePlant(nn.Module):
-    """A differentiable plant behind the interface of a WorldModel: its latent is the observation. Extracting a policy
-    from it by `update_policies` is SHAC: the same first-order gradients, through the true dynamics."""
-
-    episodic = False
-
-    def __init__(self, plant, rew_std=1.0):
-        super().__init__()
-        self.plant, self.rew_std = plant, rew_std
-
-    def encode(self, obs, task):
-        return obs  # (.., B, 6)
-
-    def next(self, z, act, task):
-        return self.plant.observe(self.plant.step(self.plant.state(z), act))  # (.., B, 6)
-
-    def reward(self, z, act, task):
-        return self.plant.reward(self.next(z, act, task))[..., None] / self.rew_std  # (.., B, 1), of the state after
-
-
 PENDULUM = dict(  # budget of one study: 235 CPU seconds with three models per horizon
     episodes=32, shac_updates=150, shac_horizon=32, random_episodes=480, base_updates=1000, model_updates=600,
     model_batch=128, latent=64, hidden=128, policy_updates=60, rollouts=100)
@@ -1620,7 +1729,8 @@ def extract(wm, starts, updates, horizon, gen, args, lr=2e-3, collect=None):
                               critics=Critics(1, getattr(wm, "latent", 6), widths=(128, 64)), stats=ReturnStats(1)))
     opts = {k: torch.optim.Adam(nets[k].parameters(), lr, betas=(args.beta1, 0.95), fused=True)
             for k in ("actors", "critics")}
-    hp = SimpleNamespace(gamma=args.gamma, lam=args.lam, symexp=False, critic_batches=args.critic_batches)
+    hp = SimpleNamespace(gamma=args.gamma, lam=args.lam, symexp=False, critic_batches=args.critic_batches,
+                         td_actor=False)
     wm.requires_grad_(False)
     task = torch.zeros(64, dtype=torch.long)
     for i in range(updates):
@@ -1728,7 +1838,7 @@ def pendulum_data(pendulum, args, budget, gen, note):
             note(f"SHAC {done:.0%}: return {history[-1]:.0f} (random actions {history[0]:.0f})")
         return obs[:-1].flatten(0, 1)
 
-    true = TruePlant(pendulum, float(episodes[0][2].std()))
+    true = TruePlant(pendulum, "double-pendulum", float(episodes[0][2].std()))
     starts = pendulum.observe(pendulum.reset(64, gen))
     actors = extract(true, starts, budget["shac_updates"], budget["shac_horizon"], gen, args, collect=collect)
     roll(actors, m, 3.0)
@@ -1758,7 +1868,7 @@ def double_pendulum(args, run, device_text):
         return float(play_pendulum(pendulum, lambda o, t: actors(wm.encode(o, zero)[None])[0], test,
                                    pendulum.STEPS)[2].sum(0).mean())
 
-    models = {"true": [TruePlant(pendulum, float(data[2].std()))]}
+    models = {"true": [TruePlant(pendulum, "double-pendulum", float(data[2].std()))]}
     returns = {"random": history[0], "SHAC, true plant": mean_return(actors, models["true"][0])}
     note(f"SHAC: return {returns['SHAC, true plant']:.0f}")
     learned = [train_pendulum_models(data, args.seed + k, budget, note) for k in range(n)]
@@ -1864,22 +1974,184 @@ def finish_toy(args, run, device_text, began, checks, notes, numbers):
     return result
 
 
+# -------------------------------------------------------------------------- ablations (Figs. 7, 8, 14, 17, 18 and 19)
+ABLATION_TASKS = "cartpole-swingup,walker-walk,cheetah-run,cup-catch"
+ABLATION_DATA = dict(wm_steps=6000, wm_batch=128, policy_steps=1200, policy_batch=16)  # the run that fills the data
+ABLATION_CELL = dict(wm_steps=3000, wm_batch=128, wm_horizon=3, policy_steps=600, policy_batch=32)  # one training
+ABLATION_FAST = dict(wm_steps=6, wm_batch=8, wm_horizon=3, policy_steps=3, policy_batch=4, eval_episodes=1)
+
+# name: (what the paper says of its variants against the base, +1 better, -1 worse, 0 about as good; {variant: flags})
+ABLATIONS = {
+    "activation": ("less regularised models predict better, their policies are worse (Fig. 8a)", -1,
+                   {"Mish without SimNorm": dict(activation="mish"), "ReLU without SimNorm": dict(activation="relu")}),
+    "model-updates": ("policies need a well-trained model (Fig. 8b)", -1,
+                      {"600 model updates, not 3,000": dict(wm_steps=600),
+                       "1,500 model updates": dict(wm_steps=1500)}),
+    "prior": ("PWM's policies are above TD-MPC2's without planning (Figs. 8b, 18)", -1,
+              {"TD-MPC2 without planning": dict(prior=True)}),
+    "wm-horizon": ("models trained on 16 steps are marginally better (Fig. 14)", 1,
+                   {"model trained on 16 steps": dict(wm_horizon=16)}),
+    "batch": ("at equal time, small batches are better (Fig. 7b)", -1,
+              {"batch of 128, equal time": dict(policy_batch=128),
+               "batch of 512, equal time": dict(policy_batch=512)}),
+    "objective": ("a TD(lambda) objective is worse (Fig. 19)", -1, {"TD(lambda) objective": dict(td_actor=True)}),
+    "shared": ("one policy for all tasks fails (Fig. 18)", -1, {"one policy for all tasks": dict(shared_policy=True)})}
+OWN_MODEL = ("activation", "wm_steps", "prior", "wm_horizon")  # flags for which a variant trains a model of its own
+
+
+def ablations(args, run, device_text):
+    """Train the base and its variants on the same data with the same seeds; table of paired differences.
+
+    Variants that leave the world model alone start from the base's. Returns what results.json holds.
+    """
+    began, wanted = time.time(), list(ABLATIONS) if args.ablation == "all" else args.ablation.split(",")
+    if unknown := [x for x in wanted if x not in ABLATIONS]:
+        raise SystemExit(f"--ablation {unknown[0]}: expected all, stiffness, latency or some of "
+                         + ", ".join(ABLATIONS))
+    if args.seeds is not None and args.seeds < 2:
+        raise SystemExit(f"--seeds {args.seeds}: expected 2 trainings of every variant or more, 3 for a verdict")
+    few, tasks = args.seeds or 3, task_list(args.task)
+    base = replace(args, ablation=None, seeds=None, resume=None, **{
+        k: v for k, v in (ABLATION_FAST if args.fast else ABLATION_CELL).items() if getattr(args, k) is None})
+    if base.data_dir is None:
+        made = replace(args, ablation=None, seeds=None, resume=None, **({} if args.fast else ABLATION_DATA))
+        data = run_cell(made, run, "data")
+        base = replace(base, data_dir=f"{data['folder']}/episodes")
+    many = args.seeds or (5 if "activation" in wanted else 3)
+    seeds = [args.seed + k for k in range(many)]
+    cells = {"base": [run_cell(replace(base, seed=seed), run, f"base-{seed}") for seed in seeds]}
+    device = choose_device(args, 0)[0]
+
+    def update_seconds(cell):
+        return Trainer(fill_budget(replace(cell, checkpoint=None), device, len(tasks), 1), tasks, device).trial()[1]
+
+    for name in wanted:
+        for variant, flags in ABLATIONS[name][2].items():
+            flags = flags | {k: v for k, v in ABLATION_FAST.items() if args.fast and k in flags}
+            if name == "batch":  # as many updates as fit into the base's time
+                ratio = update_seconds(base) / update_seconds(replace(base, **flags))
+                flags["policy_steps"] = max(1, round(base.policy_steps * ratio))
+            cells[variant] = []
+            for k, seed in enumerate(seeds if name == "activation" else seeds[:few]):
+                cell = replace(base, seed=seed, **flags)
+                if not set(flags) & set(OWN_MODEL):
+                    cell = replace(cell, checkpoint=f"{cells['base'][k]['folder']}/checkpoint.pt", model_size=None)
+                cells[variant].append(run_cell(cell, run, f"{variant.replace(' ', '-')}-{seed}"))
+    rows = [ablation_row("base", "base", cells["base"], cells["base"], tasks, 0)]
+    rows += [ablation_row(name, variant, cells[variant], cells["base"], tasks, ABLATIONS[name][1])
+             for name in wanted for variant in ABLATIONS[name][2]]
+    print(f"\n{'variant':34}{'seeds':>6}{'return, mean over tasks':>25}{'minus base, paired':>26}{'latent error':>14}"
+          "   claim")
+    for r in rows:
+        low, high = r["ci95"]
+        change = "" if r["variant"] == "base" else f"{r['difference']:+.0f} [{low:+.0f}, {high:+.0f}]"
+        latent = f"{r['latent']:.3f}" if r["latent"] else "-"
+        print(f"{r['variant']:34}{len(r['returns']):6}{np.mean(r['returns']):25.0f}{change:>26}{latent:>14}   "
+              f"{r['verdict']}")
+    for name in wanted:
+        print(f"{name}: {ABLATIONS[name][0]}")
+    result = dict(stamp(args, time.time() - began, device_text), tasks=tasks, rows=rows, cells=cells)
+    write_text(run.dir / "results.json", json.dumps(result, indent=1))
+    print(f"files: {run.dir}/results.json")
+    return result
+
+
+def run_cell(args, run, name):
+    """One training in its own folder below run.dir: {folder, returns {column: {task: mean}}, errors, seconds, ..}. A
+    cell that is there is not run again."""
+    file, began = run.dir / "cells" / f"{name}.json", time.time()
+    if file.exists():
+        return json.loads(file.read_text())
+    file.parent.mkdir(exist_ok=True)
+    print(f"{name} ..", end="", flush=True)
+    with open(file.with_suffix(".log"), "w") as log, contextlib.redirect_stdout(log):
+        result = main(args, root=run.dir / "cells" / name)
+    history = result["history"]
+    errors = {k: v for h in history for k, v in h.items() if "nmse" in k}  # of the last round
+    cell = dict(folder=result["folder"], errors=errors, seconds=round(time.time() - began, 1), args=result["args"],
+                returns={c: {t: float(np.mean(x)) for t, x in v.items()} for c, v in result["episodes"].items()})
+    write_text(file, json.dumps(cell, indent=1))
+    shown = {c: round(float(np.mean(list(v.values()))), 1) for c, v in cell["returns"].items()}
+    print(f" {cell['seconds']:.0f} s, {shown}", flush=True)
+    return cell
+
+
+def ablation_row(name, variant, cells, base, tasks, expected):
+    """One line of the table: returns per seed (mean over tasks), paired difference with its 95 % interval over seeds
+    (redrawn within each task), and one word for the paper's claim."""
+    column = "prior" if name == "prior" else "ours"
+    mine = np.array([[c["returns"][column][t] for t in tasks] for c in cells])  # (seeds, tasks)
+    theirs = np.array([[c["returns"]["ours"][t] for t in tasks] for c in base])[:len(mine)]
+    low, high = bootstrap_ci(mine - theirs, np.mean)
+    undecided = len(mine) < 3 or low <= 0 <= high
+    verdict = "undecided" if undecided else "holds" if expected * low > 0 else "fails"
+    latent = [v for c in cells for k, v in c["errors"].items() if k == "latent_nmse_16"]  # none with the base's model
+    return dict(ablation=name, variant=variant, returns=mine.mean(1).tolist(), tasks=dict(zip(tasks, mine.mean(0))),
+                difference=float((mine - theirs).mean()), ci95=[low, high], verdict=verdict if expected else "",
+                latent=float(np.mean(latent)) if latent else None)
+
+
+STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, policy_lr=2e-3, rounds=20, policy_steps=200),
+             "PWM": dict(rounds=15, wm_steps=5000, policy_steps=2500)}
+STIFFNESS_FAST = dict(rounds=2, seed_episodes=1, round_episodes=1, wm_steps=2, wm_batch=4, policy_steps=2,
+                      policy_batch=2, horizon=2, eval_episodes=1)
+
+
+def stiffness(args, run, device_text):
+    """Fig. 7a: SHAC through the true hopper and PWM through models of it, on soft and on five times stiffer contacts.
+    All is trained anew on each."""
+    began, n, rows = time.time(), args.seeds or 3, {}
+    base = replace(args, ablation=None, seeds=None, resume=None)
+    for method, flags in STIFFNESS.items():
+        flags = flags | (STIFFNESS_FAST if args.fast else {})
+        for task in ("planar-hopper", "stiff-hopper"):
+            made = [run_cell(replace(base, task=task, seed=seed, **flags), run, f"{method}-{task}-{seed}")
+                    for seed in range(args.seed, args.seed + n)]
+            rows[f"{method}, {task}"] = dict(cells=made, returns=[c["returns"]["ours"][task] for c in made])
+    drop = {m: 1 - np.mean(rows[f"{m}, stiff-hopper"]["returns"]) / np.mean(rows[f"{m}, planar-hopper"]["returns"])
+            for m in STIFFNESS}
+    print()
+    for name, row in rows.items():
+        print(f"{name:22}" + "".join(f"{x:9.0f}" for x in row["returns"])
+              + f"{np.mean(row['returns']):11.0f} on average")
+    checks = {f"three seeds or more: {n}": n >= 3,
+              f"SHAC loses by stiff contacts (paper: 48 %): {drop['SHAC']:.0%}": drop["SHAC"] > 0.2,
+              f"PWM does not: {drop['PWM']:.0%}": drop["PWM"] < 0.1}
+    notes = ["a planar hopper with the contact springs of the paper's simulator and the masses of gymnasium's",
+             "SHAC starts its windows from all stored states and not where the last window ended; no PPO"]
+    return finish_toy(replace(args, task="stiffness"), run, device_text, began, checks, notes, dict(rows=rows))
+
+
+def latency(args, run, device_text):
+    """Milliseconds per action of an extracted policy and of TD-MPC2's planner, by model size, with untrained networks
+    of MT30 (the time does not depend on weights)."""
+    began, device, rows = time.time(), choose_device(args, 0)[0], {}
+    for size in (1,) if args.fast else (1, 5, 48):
+        cell = replace(args, ablation=None, model_size=size, prior=True, episodic=False)
+        rows[size] = action_latency(Trainer(fill_budget(cell, device, len(MT30), 1), MT30, device), True)
+        print(f"{size:3}M: policy {rows[size]['ours']:.2f} ms, planner {rows[size]['planner']:.0f} ms, "
+              f"{rows[size]['planner'] / rows[size]['ours']:.0f} times", flush=True)
+    result = dict(stamp(args, time.time() - began, device_text), ms_per_action=rows)
+    write_text(run.dir / "results.json", json.dumps(result, indent=1))
+    return result
+
+
 # ------------------------------------------------------------------------------------------------------------- main
-def main(args: Args):
-    """Run everything; returns what results.json holds (None on the other ranks of torchrun)."""
+def main(args: Args, root="runs"):
+    """Run everything in a folder below root; returns what results.json holds (None on the other ranks of torchrun)."""
     if args.resume:
         args = read_resume(args)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     device, why = choose_device(args, rank)
-    if plant(args.task):
-        return toy(args)
+    if args.task in TOY or args.ablation:
+        return study(args)
     if args.seeds is not None:
-        raise SystemExit(f"--seeds {args.seeds} counts the models of a toy, not of --task {args.task}: type --seed "
-                         "and run it once per seed")
+        raise SystemExit(f"--seeds {args.seeds} counts the models of a toy or --ablation, not of --task {args.task}: "
+                         "type --seed and run it once per seed")
     tasks = task_list(args.task)
     if args.episodic is None:  # tasks that may end are those without a published scale of returns
         own_scale = len(tasks) == 1 and score(tasks[0], 1.0, 0.0) == 1.0
-        args = replace(args, episodic=own_scale and not args.planner_episodes)
+        args = replace(args, episodic=own_scale and not (args.planner_episodes or args.prior))
     args = fill_budget(args, device, len(tasks), world)
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
@@ -1889,16 +2161,16 @@ def main(args: Args):
     if args.eval_only:
         trainer.load_policies(args.checkpoint)
 
-    run = Run(args.task, "pwm", args.seed, asdict(args), args.resume) if rank == 0 else None
+    run = Run(args.task, "pwm", args.seed, asdict(args), args.resume, root) if rank == 0 else None
     box = [run and str(run.dir)]
     if world > 1:
         torch.distributed.broadcast_object_list(box)
     episodes, own = (None, False) if args.eval_only else open_data(args, tasks, box[0], rank, wait)
-    plan = [] if args.eval_only else make_plan(args, own, bool(args.checkpoint))
+    plan = [] if args.eval_only else make_plan(args, own, bool(args.checkpoint) or args.true_plant)
     total = {kind: sum(n for k, _, n in plan if k == kind) for kind in ("collect", "model", "policy")}
     episode = sum(f.episode_length for f in trainer.facts)  # agent steps of one episode of every task
-    progress = Progress(dict(steps=episode * (total["collect"] + 2 * args.eval_episodes), model=total["model"],
-                             policy=total["policy"], planner=episode * args.planner_episodes))
+    total["steps"] = episode * (total.pop("collect") + (2 + args.prior) * args.eval_episodes)
+    progress = Progress(total | dict(planner=episode * args.planner_episodes))
     where = trainer.where
     if args.resume:
         file = Path(box[0]) / "checkpoint.pt"
@@ -1987,13 +2259,19 @@ def main(args: Args):
     return result
 
 
-def toy(args):
-    """The study of a task of TOY, on the CPU: minutes, so that it starts again rather than resumes."""
-    if args.resume or args.checkpoint:
-        raise SystemExit(f"--task {args.task} is a study of minutes: start it again without --resume, --checkpoint")
-    run = Run(args.task, "pwm", args.seed, asdict(args))
-    study = {"ball-wall": ball_wall, "double-pendulum": double_pendulum}[args.task]
-    result = study(args, run, f"cpu: {torch.get_num_threads()} threads")
+def study(args):
+    """A task of TOY, minutes on the CPU, so that it starts again rather than resumes; or --ablation, whose finished
+    trainings are kept."""
+    if args.task in TOY and (args.resume or args.checkpoint or args.ablation):
+        raise SystemExit(f"--task {args.task} is a study of minutes: start it again without --resume, --checkpoint and "
+                         "--ablation")
+    if args.ablation and args.checkpoint:
+        raise SystemExit("--ablation trains its own world models: leave --checkpoint out")
+    if args.ablation and args.task == Args.task:
+        args = replace(args, task=ABLATION_TASKS)
+    studies = {"ball-wall": ball_wall, "double-pendulum": double_pendulum, "stiffness": stiffness, "latency": latency}
+    run = Run(args.ablation or args.task, "pwm", args.seed, asdict(args), args.resume)
+    result = studies.get(args.ablation or args.task, ablations)(args, run, f"cpu: {torch.get_num_threads()} threads")
     run.close()
     return result
 

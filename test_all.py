@@ -1519,6 +1519,62 @@ def test_actor_gradient_against_finite_differences():
         assert loss(5)[1] > before  # descending the loss raises the imagined return
 
 
+def test_the_td_objective_is_the_mean_lambda_return():
+    nets, _ = tiny_world()
+    wm, actors, critics = (nets[k] for k in ("wm", "actors", "critics"))
+    obs, noise, _ = policy_inputs(3)
+    task = torch.arange(3).repeat_interleave(6)
+    z, rew, _ = pwm.imagine(wm, actors, obs, noise, task)
+    G, want = critics(z[-1]).amin(1), 0
+    for h in reversed(range(5)):
+        G = rew[h] + 0.99 * (0.05 * critics(z[h + 1]).amin(1) + 0.95 * G)
+        want = want + G / 5
+    loss, J, _, target = pwm.actor_loss(*nets.values(), obs, noise, task, 0.99, 0.95, td=True)
+    assert torch.allclose(J, want.mean(1), atol=1e-5)
+    assert torch.allclose(target.view(3, 5, 6)[:, 0], G, atol=1e-5)
+    nets["stats"] = pwm.ReturnStats(3)
+    plain = pwm.actor_loss(*nets.values(), obs, noise, task, 0.99, 0.95)[1]
+    assert not torch.allclose(plain, J, atol=1e-3)
+
+
+def test_one_policy_for_all_tasks_sees_which_task_it_is():
+    nets, _ = tiny_world()
+    wm, rows = nets["wm"], torch.tensor([2, 0, 1])
+    nn.init.normal_(wm.task_emb.weight)
+    actor, critics = pwm.SharedActor(wm, rows), pwm.SharedCritics(wm, rows)
+    z, eps = torch.rand(3, 6, 16), torch.randn(3, 6, 3)
+    a, v = actor(z, eps), critics(z)
+    assert a.shape == (3, 6, 3) and v.shape == (3, 3, 6)
+    for k, row in enumerate(rows):  # one network on [z; e], one task at a time
+        x = torch.cat([z[k], wm.task_emb.weight[row].expand(6, -1)], -1)[None]
+        u = actor.mu(x)[0] + actor.log_std[0].exp() * eps[k]
+        assert torch.allclose(a[k], u.tanh() * wm.act_mask[row], atol=1e-6)
+        assert torch.allclose(v[k], critics.v(x.expand(3, -1, -1))[..., 0], atol=1e-5)
+    assert torch.allclose(actor.first()(z[:1]), actor(z)[:1], atol=1e-6)
+    assert len(actor.log_std) == 1 and not [k for k in actor.state_dict() if "emb" in k]
+    nets["actors"], nets["critics"] = actor, critics
+    before, opts = copy.deepcopy(actor.state_dict()), pwm.make_optimizers(nets)
+    obs, noise, perm = policy_inputs(3)
+    wm.requires_grad_(False)
+    pwm.update_policies((pwm.actor_loss, pwm.critic_loss), nets, opts, obs, noise, perm, rows.repeat_interleave(6),
+                        pwm.Args())
+    assert all((v != before[k]).any() for k, v in actor.state_dict().items())
+
+
+@pytest.mark.parametrize("activation", ["simnorm", "mish", "relu"])
+def test_activations_are_those_of_the_flag_and_of_the_file(activation, tmp_path):
+    wm = pwm.WorldModel(7, [3, 2], 2, 16, 16, 16, 4, activation=activation)
+    z = wm.encode(torch.randn(5, 7), torch.zeros(5, dtype=torch.long))
+    simplex = torch.allclose(z.unflatten(-1, (2, 8)).sum(-1), torch.ones(5, 2), atol=1e-5)
+    assert simplex == (activation == "simnorm") and ((z >= 0).all() == (activation != "mish"))
+    hidden = wm.reward_head[0](torch.randn(64, 23))
+    assert (hidden.min() < 0) == (activation != "relu")
+    torch.save(dict(wm=wm.state_dict(), act_dims=[3, 2], args=dict(activation=activation)), tmp_path / "wm.pt")
+    again = pwm.load_world_model(tmp_path / "wm.pt")
+    assert torch.equal(again.next(z, torch.ones(5, 3), torch.ones(5, dtype=torch.long)),
+                       wm.next(z, torch.ones(5, 3), torch.ones(5, dtype=torch.long)))
+
+
 def test_imagined_rewards_are_in_log_space_unless_asked():
     nets, _ = tiny_world()
     obs, noise, _ = policy_inputs(3)
@@ -1555,7 +1611,7 @@ def test_act_serves_a_mixed_batch_like_single_rows():
     for i in range(6):
         z = nets["wm"].encode(obs[i:i + 1], task[i:i + 1]).expand(3, 1, -1)
         assert torch.allclose(a[i], nets["actors"](z, eps[i].expand(3, 1, -1))[task[i], 0], atol=1e-6)
-    one = pwm.single_actor(nets["actors"], nets["wm"])
+    one = nets["actors"].first()
     z = nets["wm"].encode(obs[1:2], task[1:2])
     mean = pwm.act(nets["wm"], nets["actors"], rows, obs[1:2], task[1:2])
     assert torch.allclose(one(z[None])[0], mean, atol=1e-6)
@@ -5192,6 +5248,54 @@ def test_the_double_pendulum_keeps_energy_and_is_chaotic():
     assert p.reward(p.observe(x))[0] == pytest.approx(-float(x[0, 0]**2 + x[0, 1]**2 + 0.1 * (x[0, 2:]**2).sum()))
 
 
+def test_the_planar_hopper_has_mujocos_masses_and_its_own_contacts():
+    import mujoco
+    p, model = envs.PlanarHopper(), envs._body_model("hopper")
+    data, rng = mujoco.MjData(model), np.random.default_rng(0)
+    for _ in range(3):
+        data.qpos[:], data.qvel[:] = rng.normal(size=6), 3 * rng.normal(size=6)
+        mujoco.mj_forward(model, data)
+        inertia = np.zeros((6, 6))
+        for i in range(6):
+            mujoco.mj_mulM(model, data, inertia[i], np.eye(6)[i])
+        q, v = torch.tensor(data.qpos), torch.tensor(data.qvel)
+        root = np.diag([1.0, 1, 1, 0, 0, 0])  # armature 1 on the root too, as in the reference
+        assert np.allclose(p.mass_matrix(q), inertia + root, atol=1e-12)
+        assert np.allclose(p.forces(q, v)[0], data.qfrc_bias, atol=1e-11)
+    body, obs, act = envs._Body("hopper"), torch.randn(50, 11), 2 * torch.rand(50, 3) - 1
+    assert np.allclose(body.reward(obs.numpy(), act.numpy()), p.step_reward(obs, act), atol=1e-5)
+    state = p.state(obs)
+    assert torch.allclose(p.observe(state), obs) and torch.equal(p.ended(obs), state[:, 1] < 0.8)
+    deep = torch.tensor([[0.0, 1.2, 0, 0, 0, 0]], dtype=torch.float64)  # foot 1 cm in the floor, falling and sliding
+    soft, stiff = (x.forces(deep, torch.tensor([[1.0, -1, 0, 0, 0, 0]], dtype=torch.float64))[1][0, :2]
+                   for x in (p, envs.PlanarHopper(5.0)))
+    assert soft[1] == pytest.approx(2 * 0.01 * (2e4 + 2e3)) and stiff[1] == pytest.approx(5 * float(soft[1]))
+    assert soft[0] == pytest.approx(-2 * 0.9 * 2e4 * 0.01) and (p.forces(deep + 0.2, deep)[1] == 0).all()
+
+
+def test_gradients_through_the_planar_hopper_are_those_of_differences():
+    p = envs.PlanarHopper()
+    start = torch.zeros(1, 12, dtype=torch.float64)
+    start[0, 1], start[0, 3:6] = 1.22, torch.tensor([-0.1, -0.2, 0.1])  # its foot is on the floor
+    act = torch.tensor([[0.1, -0.2, 0.3]], dtype=torch.float64)
+
+    def final(a):
+        x = start
+        for _ in range(4):
+            x = p.step(x, a)
+        return x[0]
+    J = torch.autograd.functional.jacobian(final, act)[:, 0]
+    for i in range(3):
+        d = 1e-6 * torch.eye(3, dtype=torch.float64)[i]
+        assert torch.allclose(J[:, i], (final(act + d) - final(act - d)) / 2e-6, rtol=1e-4, atol=1e-6)
+    with envs.Herd("planar-hopper", 4, threads=1) as herd:  # rows of a herd are steps of the plant
+        obs = herd.reset()
+        a = np.random.default_rng(0).uniform(-1, 1, (4, 3))
+        after = herd.step(a)[4]
+    want = p.observe(p.step(p.state(torch.tensor(obs, dtype=torch.float64)), torch.tensor(a)))
+    assert np.allclose(after, want, atol=1e-4)
+
+
 @pytest.mark.parametrize("task", envs.TOY)
 def test_toys_are_environments_too(task):
     with warnings.catch_warnings():
@@ -5263,7 +5367,7 @@ def test_ball_wall_study_runs_and_judges(tmp_path, monkeypatch, capsys):
 
 def test_the_true_plant_is_a_world_model():
     p = envs.plant("double-pendulum")
-    wm, state = pwm.TruePlant(p, rew_std=2.0), p.reset(5, gen())
+    wm, state = pwm.TruePlant(p, "double-pendulum", rew_std=2.0), p.reset(5, gen())
     task, a = torch.zeros(5, dtype=torch.long), torch.rand(5, 1)
     z = wm.encode(p.observe(state), task)
     after = p.step(state, a)
@@ -5278,7 +5382,7 @@ def test_the_true_plant_is_a_world_model():
 
 def test_gradient_statistics_against_plain_autograd():
     p = envs.plant("double-pendulum")
-    wm, actors, N, H = pwm.TruePlant(p), pwm.Actors(torch.ones(1, 1), 6, (8,)), 4, 5
+    wm, actors, N, H = pwm.TruePlant(p, "double-pendulum"), pwm.Actors(torch.ones(1, 1), 6, (8,)), 4, 5
     start, eps = p.reset(N, gen(3)), torch.randn(H, 1, N, 1, generator=gen(4))
     with torch.no_grad():
         seen, acts, _ = pwm.play_pendulum(p, lambda o, t: actors(o[None], eps[t])[0], start, H)
@@ -5304,7 +5408,7 @@ def test_first_order_gradients_through_the_true_plant_improve_a_policy():
     p, args, g = envs.plant("double-pendulum"), pwm.Args(task="double-pendulum"), gen(1)
     torch.manual_seed(0)
     near = 0.2 * torch.randn(64, 4, generator=g)  # near upright it needs to learn to balance only
-    policy = pwm.extract(pwm.TruePlant(p, 3.0), p.observe(near), 30, 8, g, args)
+    policy = pwm.extract(pwm.TruePlant(p, "double-pendulum", 3.0), p.observe(near), 30, 8, g, args)
     with torch.no_grad():
         ours, none = (pwm.play_pendulum(p, act, near, 20)[2].sum(0).mean()
                       for act in (lambda o, t: policy(o[None])[0], lambda o, t: torch.zeros(64, 1)))
@@ -5481,6 +5585,10 @@ def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch,
     (dict(task="ball-wall", checkpoint="x.pt"), "study of minutes"),
     (dict(task="cup-catch", seeds=3), "--seeds 3 .*not of --task cup-catch"),
     (dict(task="cup-catch,hopper", episodic=True), "one task.*--no-episodic"),
+    (dict(task="cup-catch", ablation="activatoin"), "activatoin: expected all, stiffness, latency or some of activat"),
+    (dict(ablation="shared", seeds=1), "--seeds 1: expected 2"), (dict(ablation="all", checkpoint="x.pt"), "its own"),
+    (dict(task="cup-catch", shared_policy=True), "two or more"),
+    (dict(task="hopper", true_plant=True), "hopper has none: type --task planar-hopper or stiff-hopper"),
     (dict(task="hopper", episodic=True, planner_episodes=1), "--planner-episodes.*--no-episodic"),
     (dict(task="hoper"), "nearest: .*hopper")])
 def test_bad_flags_of_studies_and_bodies_get_one_sentence(settings, words, tmp_path, monkeypatch):
@@ -5488,3 +5596,55 @@ def test_bad_flags_of_studies_and_bodies_get_one_sentence(settings, words, tmp_p
     with pytest.raises(SystemExit, match=words) as error:
         pwm.main(pwm.Args(device="cpu", **settings))
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- PWM's ablations
+def test_ablations_train_variants_on_the_same_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = dict(task=f"{TINY['task']},{WALK}", fast=True, seeds=2, device="cpu", workers=1, horizon=4)
+    first = pwm.main(pwm.Args(ablation="prior,shared", **settings))
+    names = [r["variant"] for r in first["rows"]]
+    assert names == ["base", "TD-MPC2 without planning", "one policy for all tasks"]
+    base, prior, shared = (first["cells"][k] for k in ("base", names[1], names[-1]))
+    assert [c["args"]["seed"] for c in base] == [1, 2] and base[0]["args"]["data_dir"] == prior[1]["args"]["data_dir"]
+    assert set(prior[0]["returns"]) == {"random", "ours", "prior"} and prior[0]["args"]["checkpoint"] is None
+    assert prior[0]["errors"] and shared[0]["args"]["shared_policy"]
+    assert shared[1]["args"]["checkpoint"] == base[1]["folder"] + "/checkpoint.pt" and not shared[1]["errors"]
+    assert first["rows"][0]["ci95"] == [0, 0] and all(r["verdict"] in ("", "undecided") for r in first["rows"])
+    out, folder = capsys.readouterr().out, str(tmp_path / "runs" / Path(first["cells"]["base"][0]["folder"]).parts[1])
+    assert "minus base, paired" in out and (tmp_path / "runs").is_dir()
+    (Path(folder) / "cells" / "base-2.json").unlink()  # as if it had been killed there
+    again = pwm.main(pwm.Args(resume=folder))
+    assert "base-1" not in capsys.readouterr().out
+    assert again["cells"]["base"][1]["returns"]["ours"] == base[1]["returns"]["ours"]
+
+
+def test_claims_are_judged_by_paired_differences():
+    def cells(*returns):
+        return [dict(returns=dict(ours={"a": x, "b": x}, prior={"a": 0, "b": 0}), errors={}) for x in returns]
+    base = cells(100, 500, 900)
+    row = functools.partial(pwm.ablation_row, base=base, tasks=["a", "b"])
+    assert row("batch", "v", cells(90, 480, 890), expected=-1)["verdict"] == "holds"
+    assert row("batch", "v", cells(110, 520, 910), expected=-1)["verdict"] == "fails"
+    assert row("batch", "v", cells(110, 480, 910), expected=-1)["verdict"] == "undecided"
+    assert row("batch", "v", cells(90, 480), expected=-1)["verdict"] == "undecided"  # two seeds decide nothing
+    assert row("prior", "v", cells(999, 999, 999), expected=-1)["difference"] == -500
+
+
+def test_stiffness_study_runs_and_judges(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    result = pwm.main(pwm.Args(ablation="stiffness", fast=True, seeds=1, device="cpu", workers=1))
+    assert set(result["rows"]) == {f"{m}, {t}" for m in ("SHAC", "PWM") for t in ("planar-hopper", "stiff-hopper")}
+    assert result["verdict"] == "not reproduced" and "three seeds or more: 1" in capsys.readouterr().out
+    cell = result["rows"]["SHAC, stiff-hopper"]["cells"][0]
+    state = torch.load(Path(cell["folder"]) / "checkpoint.pt", weights_only=True)
+    assert cell["args"]["true_plant"] and "model" not in state["opts"] and state["where"]["policy_updates"] == 2
+    logs = next((tmp_path / "runs").glob("stiffness*/cells/SHAC-stiff-hopper-1.log")).read_text()
+    assert "SHAC: gradients through the true plant" in logs and "0 model updates" in logs
+
+
+def test_latency_of_policy_and_planner(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    result = pwm.main(pwm.Args(ablation="latency", fast=True, device="cpu"))
+    ms = result["ms_per_action"][1]
+    assert 0 < ms["ours"] < ms["planner"] and "1M: policy" in capsys.readouterr().out
