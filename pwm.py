@@ -54,7 +54,7 @@ import torch.nn.functional as F
 import tyro
 
 from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
-from envs import SUITES, TOY, Workers, make_env, plant, score, task_facts
+from envs import SUITES, TOY, Workers, choose_gl, make_env, plant, score, task_facts
 
 MT30, MT80 = SUITES["mt30"], SUITES["mt80"]
 
@@ -1977,7 +1977,7 @@ def finish_toy(args, run, device_text, began, checks, notes, numbers):
 # -------------------------------------------------------------------------- ablations (Figs. 7, 8, 14, 17, 18 and 19)
 ABLATION_TASKS = "cartpole-swingup,walker-walk,cheetah-run,cup-catch"
 ABLATION_DATA = dict(wm_steps=6000, wm_batch=128, policy_steps=1200, policy_batch=16)  # the run that fills the data
-ABLATION_CELL = dict(wm_steps=3000, wm_batch=128, wm_horizon=3, policy_steps=600, policy_batch=32)  # one training
+ABLATION_CELL = dict(wm_steps=2000, wm_batch=128, wm_horizon=3, policy_steps=400, policy_batch=16)  # one training
 ABLATION_FAST = dict(wm_steps=6, wm_batch=8, wm_horizon=3, policy_steps=3, policy_batch=4, eval_episodes=1)
 
 # name: (what the paper says of its variants against the base, +1 better, -1 worse, 0 about as good; {variant: flags})
@@ -1985,15 +1985,14 @@ ABLATIONS = {
     "activation": ("less regularised models predict better, their policies are worse (Fig. 8a)", -1,
                    {"Mish without SimNorm": dict(activation="mish"), "ReLU without SimNorm": dict(activation="relu")}),
     "model-updates": ("policies need a well-trained model (Fig. 8b)", -1,
-                      {"600 model updates, not 3,000": dict(wm_steps=600),
-                       "1,500 model updates": dict(wm_steps=1500)}),
+                      {"400 model updates, not 2,000": dict(wm_steps=400)}),
     "prior": ("PWM's policies are above TD-MPC2's without planning (Figs. 8b, 18)", -1,
               {"TD-MPC2 without planning": dict(prior=True)}),
     "wm-horizon": ("models trained on 16 steps are marginally better (Fig. 14)", 1,
                    {"model trained on 16 steps": dict(wm_horizon=16)}),
     "batch": ("at equal time, small batches are better (Fig. 7b)", -1,
-              {"batch of 128, equal time": dict(policy_batch=128),
-               "batch of 512, equal time": dict(policy_batch=512)}),
+              {"batch of 64, equal time": dict(policy_batch=64),
+               "batch of 256, equal time": dict(policy_batch=256)}),
     "objective": ("a TD(lambda) objective is worse (Fig. 19)", -1, {"TD(lambda) objective": dict(td_actor=True)}),
     "shared": ("one policy for all tasks fails (Fig. 18)", -1, {"one policy for all tasks": dict(shared_policy=True)})}
 OWN_MODEL = ("activation", "wm_steps", "prior", "wm_horizon")  # flags for which a variant trains a model of its own
@@ -2141,6 +2140,8 @@ def main(args: Args, root="runs"):
     """Run everything in a folder below root; returns what results.json holds (None on the other ranks of torchrun)."""
     if args.resume:
         args = read_resume(args)
+    if args.capture_video:
+        choose_gl()  # now: mujoco looks at the choice once, and hours of training should not end without OpenGL
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     device, why = choose_device(args, rank)
     if args.task in TOY or args.ablation:
