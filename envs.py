@@ -1194,9 +1194,9 @@ class PlanarHopper:
         hinge = torch.einsum("b,...bix,...bjx->...ij", mass, J, J)
         hinge = hinge + torch.einsum("b,bi,bj->ij", q.new_tensor(self.inertia), spin, spin)
         mixed = torch.einsum("b,...bjx->...xj", mass, J)                                      # (.., 2, 4)
-        slide = (mass.sum() * torch.eye(2, dtype=q.dtype)).expand(*q.shape[:-1], 2, 2)
+        slide = (mass.sum() * torch.eye(2, dtype=q.dtype, device=q.device)).expand(*q.shape[:-1], 2, 2)
         M = torch.cat([torch.cat([slide, mixed], -1), torch.cat([mixed.transpose(-1, -2), hinge], -1)], -2)
-        return M + self.armature * torch.eye(6, dtype=q.dtype)
+        return M + self.armature * torch.eye(6, dtype=q.dtype, device=q.device)
 
     def forces(self, q, v):
         """bias(q, v), i.e. Coriolis, centrifugal and weight, and contact forces, both (.., 6)."""

@@ -94,8 +94,8 @@ class Args:
 
     # ablations
     ablation: str | None = None
-    """all, or some of activation, model-updates, wm-horizon, batch, objective, shared, latency (comma list): one table
-    on four tasks, or those of --task; stiffness: SHAC and PWM on soft and stiff contacts"""
+    """all, or some of activation, model-updates, prior, wm-horizon, batch, objective, shared (comma list): one table on
+    four tasks, or on those of --task; stiffness: SHAC and PWM on soft and stiff contacts; latency: ms per action"""
     activation: Literal["simnorm", "mish", "relu"] = "simnorm"
     """of the world model: Mish, with SimNorm where a latent is made; or Mish or ReLU everywhere (Fig. 8a)"""
     shared_policy: bool = False
@@ -2013,7 +2013,7 @@ def ablations(args, run, device_text):
     base = replace(args, ablation=None, seeds=None, resume=None, **{
         k: v for k, v in (ABLATION_FAST if args.fast else ABLATION_CELL).items() if getattr(args, k) is None})
     if base.data_dir is None:
-        made = replace(args, ablation=None, seeds=None, resume=None, **({} if args.fast else ABLATION_DATA))
+        made = replace(args, ablation=None, seeds=None, resume=None, **(ABLATION_FAST if args.fast else ABLATION_DATA))
         data = run_cell(made, run, "data")
         base = replace(base, data_dir=f"{data['folder']}/episodes")
     many = args.seeds or (5 if "activation" in wanted else 3)
