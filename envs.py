@@ -1227,15 +1227,19 @@ class PlanarHopper:
         import torch
         q, v = state.chunk(2, -1)
         inverse = torch.linalg.inv(self.mass_matrix(q))
-        torque, damping = self.TORQUE * act, q.new_tensor(self.DAMPING)
-        low, high, h = q.new_tensor(self.low), q.new_tensor(self.high), self.DT / self.SUBSTEPS
         for _ in range(self.SUBSTEPS):
-            bias, contact = self.forces(q, v)
-            joints = torque - self.LIMIT * ((q[..., 3:] - high).relu() - (low - q[..., 3:]).relu())
-            force = contact - bias - damping * v + torch.cat([torch.zeros_like(joints), joints], -1)
-            v = v + h * (inverse @ force[..., None])[..., 0]
-            q = q + h * v
+            q, v = self.substep(q, v, inverse, self.TORQUE * act)
         return torch.cat([q, v], -1)
+
+    def substep(self, q, v, inverse, torque):
+        """q, v (.., 6), inverse mass matrix (.., 6, 6), torque (.., 3) -> q, v one eighth of a step later."""
+        import torch
+        bias, contact = self.forces(q, v)
+        over, under = q[..., 3:] - q.new_tensor(self.high), q.new_tensor(self.low) - q[..., 3:]
+        joints = torque - self.LIMIT * (over.relu() - under.relu())
+        force = contact - bias - q.new_tensor(self.DAMPING) * v + torch.cat([torch.zeros_like(joints), joints], -1)
+        v = v + self.DT / self.SUBSTEPS * (inverse @ force[..., None])[..., 0]
+        return q + self.DT / self.SUBSTEPS * v, v
 
     def observe(self, state):
         """(.., 12) -> (.., 11): height - 1.25, pitch, joints, rates."""
