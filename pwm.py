@@ -126,6 +126,9 @@ class Args:
     """passes over the imagined data per update (App. C.2: 8); the costliest part on a CPU: deviation 4"""
     wm_horizon: int | None = None
     """steps of world-model training sequences (Table 1: 16): deviation 3"""
+    wm_long: int | None = None
+    """every fourth world-model update trains on so many steps instead, 0: none do; without them, models that train on 4
+    steps do not foresee the end of an episode more than a few steps ahead"""
     wm_lr: float | None = None
     """world-model learning rate (Table 1: 3e-4); the encoder's is 0.3 of it: deviation 3"""
     wm_final_lr: float = 0.03
@@ -980,7 +983,7 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
     ("cpu", "many"): dict(model_size=1, rounds=6, seed_episodes=18, round_episodes=8, wm_steps=24_000, wm_batch=256,
                           wm_horizon=4, wm_lr=1e-3, policy_steps=2_400, policy_batch=16, critic_passes=1),
     ("cpu", "episodic"): dict(model_size=1, rounds=30, seed_episodes=12, round_episodes=8, wm_steps=12_000,
-                              wm_batch=128, wm_horizon=4, wm_lr=1e-3, policy_steps=6_000, policy_batch=64,
+                              wm_batch=128, wm_horizon=4, wm_long=16, wm_lr=1e-3, policy_steps=6_000, policy_batch=64,
                               critic_passes=1),
     ("cpu", "plant"): dict(rounds=20, seed_episodes=4, round_episodes=2, policy_steps=400, policy_batch=64,
                            critic_passes=4),
@@ -1062,7 +1065,7 @@ def fill_budget(args, device, n_tasks, world):
     budget = dict(BUDGETS["fast"] if args.fast else BUDGETS[device.type, kind])
     if args.checkpoint:
         del budget["model_size"]  # the file says
-    budget.setdefault("eval_episodes", 10)
+    budget = dict(eval_episodes=10, wm_long=0) | budget
     return replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
 
 
@@ -1216,15 +1219,17 @@ class Trainer:
         self.where = dict(stage=0, step=0, policy_updates=0, seconds=0.0)  # what the next piece of work is
         self.history = []
 
-    def update_model(self, sampler, progress, rank=0, world=1):
-        """One world-model step; `progress` in [0, 1) is the position in the round, for the learning rate."""
+    def update_model(self, sampler, progress, rank=0, world=1, long=False):
+        """One world-model step; `progress` in [0, 1) is the position in the round, for the learning rate. The sampler
+        gives wm_horizon or wm_long steps, whichever is more; `long` updates use them all."""
         args = self.args
         fall = min(1.0, args.wm_final_lr + 2 * (1 - args.wm_final_lr) * (1 - progress))
         for group, share in zip(self.opts["model"].param_groups, (0.3, 1.0)):
             group["lr"] = share * args.wm_lr * fall
         obs, act, rew, task, *ends = sampler.sequences(args.wm_batch, self.rng["model"])
+        H = len(act) if long else args.wm_horizon
         part = slice(rank, None, world)  # every rank draws the global batch and keeps its share
-        batch = obs[:, part], act[:, part], rew[:, part], self.rows[task[part]], *(e[:, part] for e in ends)
+        batch = (obs[:H + 1, part], act[:H, part], rew[:H, part], self.rows[task[part]], *(e[:H, part] for e in ends))
         return update_world_model(self.model_fn, self.wm, self.opts["model"], batch, args.rho, self.heads,
                                   self.opts.get("prior"), self.discount[task[part]], self.rng["model"])
 
@@ -1352,8 +1357,9 @@ def announce(trainer, own, plan, device_text, folder):
           + (", episodic: scalar rewards, learnt ends" if a.episodic else ""))
     if plan:
         sums = {k: sum(n for kind, _, n in plan if kind == k) for k in ("collect", "model", "policy")}
+        long = f", every fourth {a.wm_long}" if a.wm_long else ""
         print(f"budget: {len({r for _, r, _ in plan})} rounds, {sums['collect']} episodes per task, {sums['model']} "
-              f"model updates ({a.wm_batch} x {a.wm_horizon} steps), {sums['policy']} policy updates ({n} x "
+              f"model updates ({a.wm_batch} x {a.wm_horizon} steps{long}), {sums['policy']} policy updates ({n} x "
               f"{a.policy_batch} x {a.horizon} imagined steps, {a.critic_passes} x {a.critic_batches} critic steps)")
     print(f"run folder {folder}", flush=True)
 
@@ -2216,7 +2222,7 @@ def main(args: Args, root="runs"):
                 sampler = None
             elif n and (kind == "model" or rank == 0):
                 if sampler is None:
-                    sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
+                    sampler = episodes.sampler(tasks, max(args.wm_horizon, args.wm_long), device, trainer.wm.obs_dim,
                                                trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
                     if args.episodic and not args.checkpoint:
                         trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
@@ -2224,7 +2230,7 @@ def main(args: Args, root="runs"):
                 first, began = where["step"], time.time()
                 for step in range(first, n):
                     if kind == "model":
-                        metrics = trainer.update_model(sampler, step / n, rank, world)
+                        metrics = trainer.update_model(sampler, step / n, rank, world, args.wm_long and step % 4 == 3)
                     else:
                         metrics = trainer.update_policies(sampler, where["policy_updates"] / total["policy"])
                         where["policy_updates"] += 1

@@ -5500,6 +5500,19 @@ def test_episodic_world_model_loss_against_a_slow_reference():
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
 
 
+def test_every_fourth_model_update_sees_long_sequences(tmp_path, monkeypatch):
+    seen, update = [], pwm.update_world_model
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pwm, "update_world_model", lambda fn, wm, opt, batch, *rest: (
+        seen.append([len(x) for x in batch]), update(fn, wm, opt, batch, *rest))[1])
+    pwm.main(pwm.Args(**{**TINY, "wm_steps": 8, "policy_steps": 2, "wm_long": 10, "rounds": 1, "episodic": True}))
+    B = TINY["wm_batch"]
+    for k, lengths in enumerate(seen[2:]):  # the first two measure the speed
+        H = 10 if k % 4 == 3 else TINY["wm_horizon"]
+        assert lengths == [H + 1, H, H, B, H, H], (k, lengths)  # obs, act, rew, task, term, live
+    assert len(seen) == 10
+
+
 def test_imagined_returns_are_weighted_by_the_chance_to_go_on():
     nets, N, B, H, g, lam = episodic_world(), 1, 6, 5, 0.9, 0.8
     wm, actors, critics, stats = (nets[k] for k in ("wm", "actors", "critics", "stats"))
