@@ -28,6 +28,8 @@ Deviations from the paper (the released code's own are not repeated):
     the probability that it goes on. The release has no such head: it steps the real environment along for its flags.
  9. There, rewards are divided by their deviation and not centred, which would make an end as good as going on; and own
     data of mixed quality take the place of SHAC's. Imagination starts from every stored state, not at the robot's.
+10. There, critics also learn from stored steps, with their real rewards and ends, as many as imagined ones: a model
+    does not foresee a fall for long, and values that never saw one are far too high before it.
 """
 import contextlib
 import copy
@@ -669,10 +671,31 @@ def update_world_model(model_fn, wm, opt, batch, rho, heads=None, prior_opt=None
     return dict(metrics, loss=loss.detach(), grad_norm=norm)
 
 
-def update_policies(fns, nets, opts, obs, noise, perm, task, hp):
+def stored_returns(wm, critics, obs, rew, task, term, live, gamma, lam):
+    """TD(lambda) targets of stored steps, with their own rewards and ends: obs (H+1, B, O), rew, term, live (H, B),
+    task (B,) -> z (1, H B, L), targets (1, H B). Steps beyond the end of an episode repeat the first one of their row.
+    """
+    with torch.no_grad():
+        z = wm.encode(obs, task)
+        value = critics(z.flatten(0, 1)[None]).amin(1).view(obs.shape[:2])
+        rew = (rew / wm.rew_std).clamp(-5, 5)
+        G, target = value[-1], []
+        for h in reversed(range(len(rew))):
+            trust = lam * live[h + 1] if h + 1 < len(rew) else 0.0  # nothing is known after the last stored step
+            G = rew[h] + gamma * (1 - term[h]) * ((1 - trust) * value[h + 1] + trust * G)
+            target.append(G)
+        target = torch.stack(target[::-1])
+        target = torch.where(live > 0, target, target[:1])
+        z = torch.where(live[..., None] > 0, z[:-1], z[:1])
+    return z.flatten(0, 1)[None], target.flatten()[None]
+
+
+def update_policies(fns, nets, opts, obs, noise, perm, task, hp, stored=None):
     """One iteration of Alg. 1 for all tasks: one actor step, then passes x minibatches critic steps (App. C.2).
 
-    obs (N, B, O) start states, noise (H, N, B, A), perm (passes, H B) shuffles, task (N B,) world-model task rows.
+    obs (N, B, O) start states, noise (H, N, B, A), perm (passes, rows) shuffles of the H B rows of imagined data, task
+    (N B,) world-model task rows. stored: obs, rew, task, term, live of `stored_returns`, as many more rows for the
+    critics (deviation 10).
     """
     wm, actors, critics, stats = (nets[k] for k in ("wm", "actors", "critics", "stats"))
     actor_fn, critic_fn = fns
@@ -684,6 +707,9 @@ def update_policies(fns, nets, opts, obs, noise, perm, task, hp):
     actor_norm = clip_per_task(list(actors.parameters()), 1.0, n)
     opts["actors"].step()
     actors.clamp_std()
+    if stored is not None:
+        real = stored_returns(wm, critics, *stored, hp.gamma, hp.lam)
+        z, target = (torch.cat(pair, 1) for pair in zip((z, target), real))
     for rows in perm:
         for m in rows.chunk(hp.critic_batches):
             opts["critics"].zero_grad(set_to_none=True)  # also clears what the actor loss left in the critics
@@ -1238,12 +1264,18 @@ class Trainer:
         args, rng = self.args, self.rng["policy"]
         for name in ("actors", "critics"):
             self.opts[name].param_groups[0]["lr"] = args.policy_lr + (1e-5 - args.policy_lr) * progress
-        obs = sampler.starts(args.policy_batch, rng)  # (N, B, O)
+        stored, more = None, 0
+        if args.episodic:  # imagination starts where these sequences start
+            seen, _, rew, task, term, live = (x[:args.horizon + (k == 0)] if x.ndim > 1 else x for k, x in enumerate(
+                sampler.sequences(args.policy_batch, rng)))
+            obs, stored, more = seen[:1], (seen, rew, self.rows[task], term, live), len(rew)
+        else:
+            obs = sampler.starts(args.policy_batch, rng)  # (N, B, O)
         N, B = obs.shape[:2]
         noise = torch.randn(args.horizon, N, B, self.wm.act_mask.shape[1], generator=rng, device=self.device)
-        perm = torch.rand(args.critic_passes, args.horizon * B, generator=rng, device=self.device).argsort(1)
+        perm = torch.rand(args.critic_passes, (args.horizon + more) * B, generator=rng, device=self.device).argsort(1)
         task = self.rows.repeat_interleave(B)
-        return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, task, args)
+        return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, task, args, stored)
 
     def policy(self, obs, task, eps=None):
         """What roll-outs call: numpy obs (n, o), task (n,), noise (n, A) or None for the mean -> actions (n, A)."""
@@ -2222,7 +2254,8 @@ def main(args: Args, root="runs"):
                 sampler = None
             elif n and (kind == "model" or rank == 0):
                 if sampler is None:
-                    sampler = episodes.sampler(tasks, max(args.wm_horizon, args.wm_long), device, trainer.wm.obs_dim,
+                    steps = max(args.wm_horizon, args.wm_long, args.horizon if args.episodic else 0)
+                    sampler = episodes.sampler(tasks, steps, device, trainer.wm.obs_dim,
                                                trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
                     if args.episodic and not args.checkpoint:
                         trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
