@@ -28,8 +28,6 @@ Deviations from the paper (the released code's own are not repeated):
     the probability that it goes on. The release has no such head: it steps the real environment along for its flags.
  9. There, rewards are divided by their deviation and not centred, which would make an end as good as going on; and own
     data of mixed quality take the place of SHAC's. Imagination starts from every stored state, not at the robot's.
-10. There, critics also learn from stored steps, with their real rewards and ends, as many as imagined ones: a model
-    does not foresee a fall for long, and values that never saw one are far too high before it.
 """
 import contextlib
 import copy
@@ -128,9 +126,6 @@ class Args:
     """passes over the imagined data per update (App. C.2: 8); the costliest part on a CPU: deviation 4"""
     wm_horizon: int | None = None
     """steps of world-model training sequences (Table 1: 16): deviation 3"""
-    wm_long: int | None = None
-    """every fourth world-model update trains on so many steps instead, 0: none do; without them, models that train on 4
-    steps do not foresee the end of an episode more than a few steps ahead"""
     wm_lr: float | None = None
     """world-model learning rate (Table 1: 3e-4); the encoder's is 0.3 of it: deviation 3"""
     wm_final_lr: float = 0.03
@@ -671,31 +666,10 @@ def update_world_model(model_fn, wm, opt, batch, rho, heads=None, prior_opt=None
     return dict(metrics, loss=loss.detach(), grad_norm=norm)
 
 
-def stored_returns(wm, critics, obs, rew, task, term, live, gamma, lam):
-    """TD(lambda) targets of stored steps, with their own rewards and ends: obs (H+1, B, O), rew, term, live (H, B),
-    task (B,) -> z (1, H B, L), targets (1, H B). Steps beyond the end of an episode repeat the first one of their row.
-    """
-    with torch.no_grad():
-        z = wm.encode(obs, task)
-        value = critics(z.flatten(0, 1)[None]).amin(1).view(obs.shape[:2])
-        rew = (rew / wm.rew_std).clamp(-5, 5)
-        G, target = value[-1], []
-        for h in reversed(range(len(rew))):
-            trust = lam * live[h + 1] if h + 1 < len(rew) else 0.0  # nothing is known after the last stored step
-            G = rew[h] + gamma * (1 - term[h]) * ((1 - trust) * value[h + 1] + trust * G)
-            target.append(G)
-        target = torch.stack(target[::-1])
-        target = torch.where(live > 0, target, target[:1])
-        z = torch.where(live[..., None] > 0, z[:-1], z[:1])
-    return z.flatten(0, 1)[None], target.flatten()[None]
-
-
-def update_policies(fns, nets, opts, obs, noise, perm, task, hp, stored=None):
+def update_policies(fns, nets, opts, obs, noise, perm, task, hp):
     """One iteration of Alg. 1 for all tasks: one actor step, then passes x minibatches critic steps (App. C.2).
 
-    obs (N, B, O) start states, noise (H, N, B, A), perm (passes, rows) shuffles of the H B rows of imagined data, task
-    (N B,) world-model task rows. stored: obs, rew, task, term, live of `stored_returns`, as many more rows for the
-    critics (deviation 10).
+    obs (N, B, O) start states, noise (H, N, B, A), perm (passes, H B) shuffles, task (N B,) world-model task rows.
     """
     wm, actors, critics, stats = (nets[k] for k in ("wm", "actors", "critics", "stats"))
     actor_fn, critic_fn = fns
@@ -707,9 +681,6 @@ def update_policies(fns, nets, opts, obs, noise, perm, task, hp, stored=None):
     actor_norm = clip_per_task(list(actors.parameters()), 1.0, n)
     opts["actors"].step()
     actors.clamp_std()
-    if stored is not None:
-        real = stored_returns(wm, critics, *stored, hp.gamma, hp.lam)
-        z, target = (torch.cat(pair, 1) for pair in zip((z, target), real))
     for rows in perm:
         for m in rows.chunk(hp.critic_batches):
             opts["critics"].zero_grad(set_to_none=True)  # also clears what the actor loss left in the critics
@@ -1009,7 +980,7 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
     ("cpu", "many"): dict(model_size=1, rounds=6, seed_episodes=18, round_episodes=8, wm_steps=24_000, wm_batch=256,
                           wm_horizon=4, wm_lr=1e-3, policy_steps=2_400, policy_batch=16, critic_passes=1),
     ("cpu", "episodic"): dict(model_size=1, rounds=30, seed_episodes=12, round_episodes=8, wm_steps=12_000,
-                              wm_batch=128, wm_horizon=4, wm_long=16, wm_lr=1e-3, policy_steps=6_000, policy_batch=64,
+                              wm_batch=128, wm_horizon=4, wm_lr=1e-3, policy_steps=6_000, policy_batch=64,
                               critic_passes=1),
     ("cpu", "plant"): dict(rounds=20, seed_episodes=4, round_episodes=2, policy_steps=400, policy_batch=64,
                            critic_passes=4),
@@ -1091,7 +1062,7 @@ def fill_budget(args, device, n_tasks, world):
     budget = dict(BUDGETS["fast"] if args.fast else BUDGETS[device.type, kind])
     if args.checkpoint:
         del budget["model_size"]  # the file says
-    budget = dict(eval_episodes=10, wm_long=0) | budget
+    budget.setdefault("eval_episodes", 10)
     return replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
 
 
@@ -1245,17 +1216,15 @@ class Trainer:
         self.where = dict(stage=0, step=0, policy_updates=0, seconds=0.0)  # what the next piece of work is
         self.history = []
 
-    def update_model(self, sampler, progress, rank=0, world=1, long=False):
-        """One world-model step; `progress` in [0, 1) is the position in the round, for the learning rate. The sampler
-        gives wm_horizon or wm_long steps, whichever is more; `long` updates use them all."""
+    def update_model(self, sampler, progress, rank=0, world=1):
+        """One world-model step; `progress` in [0, 1) is the position in the round, for the learning rate."""
         args = self.args
         fall = min(1.0, args.wm_final_lr + 2 * (1 - args.wm_final_lr) * (1 - progress))
         for group, share in zip(self.opts["model"].param_groups, (0.3, 1.0)):
             group["lr"] = share * args.wm_lr * fall
         obs, act, rew, task, *ends = sampler.sequences(args.wm_batch, self.rng["model"])
-        H = len(act) if long else args.wm_horizon
         part = slice(rank, None, world)  # every rank draws the global batch and keeps its share
-        batch = (obs[:H + 1, part], act[:H, part], rew[:H, part], self.rows[task[part]], *(e[:H, part] for e in ends))
+        batch = obs[:, part], act[:, part], rew[:, part], self.rows[task[part]], *(e[:, part] for e in ends)
         return update_world_model(self.model_fn, self.wm, self.opts["model"], batch, args.rho, self.heads,
                                   self.opts.get("prior"), self.discount[task[part]], self.rng["model"])
 
@@ -1264,18 +1233,12 @@ class Trainer:
         args, rng = self.args, self.rng["policy"]
         for name in ("actors", "critics"):
             self.opts[name].param_groups[0]["lr"] = args.policy_lr + (1e-5 - args.policy_lr) * progress
-        stored, more = None, 0
-        if args.episodic:  # imagination starts where these sequences start
-            seen, _, rew, task, term, live = (x[:args.horizon + (k == 0)] if x.ndim > 1 else x for k, x in enumerate(
-                sampler.sequences(args.policy_batch, rng)))
-            obs, stored, more = seen[:1], (seen, rew, self.rows[task], term, live), len(rew)
-        else:
-            obs = sampler.starts(args.policy_batch, rng)  # (N, B, O)
+        obs = sampler.starts(args.policy_batch, rng)  # (N, B, O)
         N, B = obs.shape[:2]
         noise = torch.randn(args.horizon, N, B, self.wm.act_mask.shape[1], generator=rng, device=self.device)
-        perm = torch.rand(args.critic_passes, (args.horizon + more) * B, generator=rng, device=self.device).argsort(1)
+        perm = torch.rand(args.critic_passes, args.horizon * B, generator=rng, device=self.device).argsort(1)
         task = self.rows.repeat_interleave(B)
-        return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, task, args, stored)
+        return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, task, args)
 
     def policy(self, obs, task, eps=None):
         """What roll-outs call: numpy obs (n, o), task (n,), noise (n, A) or None for the mean -> actions (n, A)."""
@@ -1389,9 +1352,8 @@ def announce(trainer, own, plan, device_text, folder):
           + (", episodic: scalar rewards, learnt ends" if a.episodic else ""))
     if plan:
         sums = {k: sum(n for kind, _, n in plan if kind == k) for k in ("collect", "model", "policy")}
-        long = f", every fourth {a.wm_long}" if a.wm_long else ""
         print(f"budget: {len({r for _, r, _ in plan})} rounds, {sums['collect']} episodes per task, {sums['model']} "
-              f"model updates ({a.wm_batch} x {a.wm_horizon} steps{long}), {sums['policy']} policy updates ({n} x "
+              f"model updates ({a.wm_batch} x {a.wm_horizon} steps), {sums['policy']} policy updates ({n} x "
               f"{a.policy_batch} x {a.horizon} imagined steps, {a.critic_passes} x {a.critic_batches} critic steps)")
     print(f"run folder {folder}", flush=True)
 
@@ -2254,8 +2216,7 @@ def main(args: Args, root="runs"):
                 sampler = None
             elif n and (kind == "model" or rank == 0):
                 if sampler is None:
-                    steps = max(args.wm_horizon, args.wm_long, args.horizon if args.episodic else 0)
-                    sampler = episodes.sampler(tasks, steps, device, trainer.wm.obs_dim,
+                    sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
                                                trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
                     if args.episodic and not args.checkpoint:
                         trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
@@ -2263,7 +2224,7 @@ def main(args: Args, root="runs"):
                 first, began = where["step"], time.time()
                 for step in range(first, n):
                     if kind == "model":
-                        metrics = trainer.update_model(sampler, step / n, rank, world, args.wm_long and step % 4 == 3)
+                        metrics = trainer.update_model(sampler, step / n, rank, world)
                     else:
                         metrics = trainer.update_policies(sampler, where["policy_updates"] / total["policy"])
                         where["policy_updates"] += 1
