@@ -982,8 +982,8 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
     ("cpu", "episodic"): dict(model_size=1, rounds=30, seed_episodes=12, round_episodes=8, wm_steps=12_000,
                               wm_batch=128, wm_horizon=4, wm_lr=1e-3, policy_steps=6_000, policy_batch=64,
                               critic_passes=1),
-    ("cpu", "plant"): dict(rounds=20, seed_episodes=4, round_episodes=2, policy_steps=400, policy_batch=64,
-                           critic_passes=4),
+    ("cpu", "plant"): dict(rounds=80, seed_episodes=4, round_episodes=2, policy_steps=320, policy_batch=64,
+                           critic_passes=8),
     ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256,
                           wm_horizon=16, wm_lr=3e-4, policy_steps=20_000, policy_batch=64, critic_passes=8),
     ("cuda", "episodic"): dict(model_size=5, rounds=60, seed_episodes=20, round_episodes=64, wm_steps=60_000,
@@ -2090,7 +2090,8 @@ def ablation_row(name, variant, cells, base, tasks, expected):
                 latent=float(np.mean(latent)) if latent else None)
 
 
-STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, policy_lr=2e-3, rounds=16, policy_steps=160),
+STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, policy_lr=2e-3, rounds=40, policy_steps=160,
+                     first_policy=0.025, last_policy=0.025),
              "PWM": dict(rounds=10, wm_steps=3000, policy_steps=900, policy_batch=32)}
 STIFFNESS_FAST = dict(rounds=2, seed_episodes=1, round_episodes=1, wm_steps=2, wm_batch=4, policy_steps=2,
                       policy_batch=2, horizon=2, eval_episodes=1)
@@ -2117,7 +2118,7 @@ def stiffness(args, run, device_text):
               f"SHAC loses by stiff contacts (paper: 48 %): {drop['SHAC']:.0%}": drop["SHAC"] > 0.2,
               f"PWM does not: {drop['PWM']:.0%}": drop["PWM"] < 0.1}
     notes = ["a planar hopper with the contact springs of the paper's simulator and the masses of gymnasium's",
-             "SHAC starts its windows from all stored states and not where the last window ended; no PPO"]
+             "SHAC's windows start in roll-outs of every fourth policy, not where the last windows ended; no PPO"]
     return finish_toy(replace(args, task="stiffness"), run, device_text, began, checks, notes, dict(rows=rows))
 
 
@@ -2179,7 +2180,7 @@ def main(args: Args, root="runs"):
         trainer.load_state(state)
         where = trainer.where
         progress.done |= state["done"]
-        if own and rank == 0:
+        if own and rank == 0 and not args.true_plant:  # which keeps the newest roll-outs only
             episodes.truncate(state["counts"])
     if rank == 0:
         announce(trainer, own, plan, f"{device.type}: {why}", run.dir)
@@ -2218,7 +2219,7 @@ def main(args: Args, root="runs"):
                 if sampler is None:
                     sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
                                                trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
-                    if args.episodic and not args.checkpoint:
+                    if args.episodic and not args.checkpoint and not (args.true_plant and r):  # newest data only: keep
                         trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
                 trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
                 first, began = where["step"], time.time()
@@ -2300,6 +2301,8 @@ def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
     def note(done, total):
         progress.line(f"round {r}: rolling out: {done:,}/{total:,} agent steps")
     played = collect(workers, tasks, n, r, trainer.args, trainer.policy, note)
+    if trainer.args.true_plant:  # SHAC's windows start in states of the current policy
+        episodes.truncate({tasks[0]: 0})
     returns = {}
     for t in tasks:
         mine = [e for e in played if e["task"] == t]
