@@ -5,6 +5,7 @@
     env = make_env("ant")                          # a body of LOCOMOTION; "ball-wall", "double-pendulum": toys
     with Herd("ant", 64) as herd:                  # 64 of them stepping together on all cores, no processes
         obs = herd.reset()
+    state = plant("planar-hopper").step(state, act)   # differentiable dynamics in torch
     with Workers(2) as workers:                    # batched roll-outs in two processes
         episodes = workers.rollout([("walker-walk", 0), ("cup-spin", 1)], policy)
 
