@@ -103,7 +103,8 @@ class Args:
     td_actor: bool = False
     """the actor maximises the mean TD(lambda) return of the imagined steps instead of Eq. (6) (Fig. 19)"""
     true_plant: bool = False
-    """SHAC: the task's differentiable plant in the place of the world model (planar-hopper, stiff-hopper)"""
+    """SHAC: the task's differentiable plant in the place of the world model (planar-hopper, stiff-hopper), which is not
+    trained: --model-size and --wm-.. are without effect"""
 
     # budget: left out, these follow from device and number of tasks and are printed at the start
     model_size: Literal[1, 5, 19, 48, 317] | None = None
@@ -373,8 +374,6 @@ class WorldModel(nn.Module):
 class TruePlant(nn.Module):
     """A differentiable plant behind the interface of a WorldModel: its latent is the observation. Extracting a policy
     from it by `update_policies` is SHAC: the same first-order gradients, through the true dynamics."""
-
-    task_dim = 0
 
     def __init__(self, plant, task, rew_std=1.0):
         super().__init__()
@@ -1053,6 +1052,9 @@ def fill_budget(args, device, n_tasks, world):
     if args.shared_policy and (n_tasks == 1 or args.eval_only):
         raise SystemExit("--shared-policy trains one policy for several tasks: type --task with two or more, and leave "
                          "--eval-only out")
+    if args.activation != Args.activation and (args.checkpoint or args.true_plant):
+        raise SystemExit(f"--activation {args.activation} is of a world model that is trained here: leave it out with "
+                         "--checkpoint, whose file says it, and with --true-plant")
     if args.true_plant:
         if n_tasks > 1 or not hasattr(plant(args.task), "ended") or args.checkpoint or args.data_dir or world > 1:
             raise SystemExit(f"--true-plant computes gradients through a plant, and {args.task} has none: type --task "
@@ -1980,7 +1982,7 @@ ABLATION_DATA = dict(wm_steps=6000, wm_batch=128, policy_steps=1200, policy_batc
 ABLATION_CELL = dict(wm_steps=2000, wm_batch=128, wm_horizon=3, policy_steps=400, policy_batch=16)  # one training
 ABLATION_FAST = dict(wm_steps=6, wm_batch=8, wm_horizon=3, policy_steps=3, policy_batch=4, eval_episodes=1)
 
-# name: (what the paper says of its variants against the base, +1 better, -1 worse, 0 about as good; {variant: flags})
+# name: (what the paper says of its variants, +1 if they are better than the base and -1 if worse, {variant: flags})
 ABLATIONS = {
     "activation": ("less regularised models predict better, their policies are worse (Fig. 8a)", -1,
                    {"Mish without SimNorm": dict(activation="mish"), "ReLU without SimNorm": dict(activation="relu")}),
@@ -2034,7 +2036,8 @@ def ablations(args, run, device_text):
             for k, seed in enumerate(seeds if name == "activation" else seeds[:few]):
                 cell = replace(base, seed=seed, **flags)
                 if not set(flags) & set(OWN_MODEL):
-                    cell = replace(cell, checkpoint=f"{cells['base'][k]['folder']}/checkpoint.pt", model_size=None)
+                    cell = replace(cell, checkpoint=f"{cells['base'][k]['folder']}/checkpoint.pt", model_size=None,
+                                   activation=Args.activation)  # the file says both
                 cells[variant].append(run_cell(cell, run, f"{variant.replace(' ', '-')}-{seed}"))
     rows = [ablation_row("base", "base", cells["base"], cells["base"], tasks, 0)]
     rows += [ablation_row(name, variant, cells[variant], cells["base"], tasks, ABLATIONS[name][1])

@@ -5587,6 +5587,7 @@ def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch,
     (dict(task="cup-catch", ablation="activatoin"), "activatoin: expected all, stiffness, latency or some of activat"),
     (dict(ablation="shared", seeds=1), "--seeds 1: expected 2"), (dict(ablation="all", checkpoint="x.pt"), "its own"),
     (dict(task="cup-catch", shared_policy=True), "two or more"),
+    (dict(task="cup-catch", activation="relu", checkpoint="x.pt"), "--activation relu.*whose file says it"),
     (dict(task="hopper", true_plant=True), "hopper has none: type --task planar-hopper or stiff-hopper"),
     (dict(task="hopper", episodic=True, planner_episodes=1), "--planner-episodes.*--no-episodic"),
     (dict(task="hoper"), "nearest: .*hopper")])
