@@ -1,4 +1,5 @@
-"""All tests: `python -m pytest -q test_all.py`. They need no data, no GPU and no network; some draw (EGL or OSMesa)."""
+"""All tests: `python -m pytest -q -n 2 test_all.py`, in two processes of one thread each. They need no data, no GPU and
+no network; some draw (EGL or OSMesa)."""
 import contextlib
 import copy
 import dataclasses
@@ -41,6 +42,9 @@ from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
 from envs import choose_gl
 
 HERE = str(Path(__file__).resolve().parent)
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side: more threads than cores are slower than one each
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
 with contextlib.suppress(SystemExit):  # without OpenGL only the tests that draw fail
     choose_gl()  # now, because mujoco looks at the choice once, when it is imported
 
