@@ -948,6 +948,15 @@ class Herd:
         """Stop the threads."""
         self._body.close()
 
+    def state(self):
+        """Arrays from which `load` goes on with the same steps."""
+        return dict(state=self._state.copy(), last=self._last.copy(), t=self.t.copy(), episode=self._episode.copy())
+
+    def load(self, state):
+        """Go on from what `state` returned -> obs (n, O) float32."""
+        self._state, self._last, self.t, self._episode = (np.array(state[k]) for k in ("state", "last", "t", "episode"))
+        return self._body.observe(self._state, self._last).astype(np.float32)
+
     def _begin(self, rows):
         for i in rows:
             self._state[i] = self._body.start(np.random.default_rng([self.seed, i, self._episode[i]]))

@@ -54,7 +54,7 @@ import torch.nn.functional as F
 import tyro
 
 from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
-from envs import SUITES, TOY, Workers, choose_gl, make_env, plant, score, task_facts
+from envs import SUITES, TOY, Herd, Workers, choose_gl, make_env, plant, score, task_facts
 
 MT30, MT80 = SUITES["mt30"], SUITES["mt80"]
 
@@ -372,8 +372,8 @@ class WorldModel(nn.Module):
 
 
 class TruePlant(nn.Module):
-    """A differentiable plant behind the interface of a WorldModel: its latent is the observation. Extracting a policy
-    from it by `update_policies` is SHAC: the same first-order gradients, through the true dynamics."""
+    """A differentiable plant behind the interface of a WorldModel. Its latent is the observation, centred and scaled by
+    `scale`. Extracting a policy from it by `update_policies` is SHAC: the same gradients, through the true dynamics."""
 
     def __init__(self, plant, task, rew_std=1.0):
         super().__init__()
@@ -381,20 +381,24 @@ class TruePlant(nn.Module):
         self.plant, self.episodic, self.tasks = plant, hasattr(plant, "ended"), (task,)
         self.obs_dim = self.latent = facts.obs_dim
         self.act_dims = (facts.act_dim,)
+        self.scale = RunningStats(facts.obs_dim)  # until it is updated: mean 0, variance 1
         self.register_buffer("act_mask", torch.ones(1, facts.act_dim), persistent=False)
         self.register_buffer("rew_std", torch.tensor(float(rew_std)))
 
     def encode(self, obs, task):
-        return obs  # (.., B, O)
+        return (obs - self.scale.mean) / self.scale.var.sqrt().clamp(min=1e-3)  # (.., B, O)
+
+    def decode(self, z):
+        return z * self.scale.var.sqrt().clamp(min=1e-3) + self.scale.mean  # (.., B, O)
 
     def next(self, z, act, task):
-        return self.plant.observe(self.plant.step(self.plant.state(z), act))  # (.., B, O)
+        return self.encode(self.plant.observe(self.plant.step(self.plant.state(self.decode(z)), act)), task)
 
     def reward(self, z, act, task):
-        return self.plant.step_reward(z, act)[..., None] / self.rew_std  # (.., B, 1)
+        return self.plant.step_reward(self.decode(z), act)[..., None] / self.rew_std  # (.., B, 1)
 
     def end(self, z, task):
-        return torch.where(self.plant.ended(z), 30.0, -30.0)  # (.., B) logits: certain
+        return torch.where(self.plant.ended(self.decode(z)), 30.0, -30.0)  # (.., B) logits: certain
 
 
 def init_trunc_normal(m):
@@ -606,8 +610,8 @@ def critic_loss(critics, z, target):
     return (critics(z) - target[:, None]).square().mean((1, 2)).sum()
 
 
-class ReturnStats(nn.Module):
-    """Running mean and variance of imagined returns per task (Chan's parallel update; never decays)."""
+class RunningStats(nn.Module):
+    """Running mean and variance of n quantities: of imagined returns per task (Chan's update; never decays)."""
 
     def __init__(self, n):
         super().__init__()
@@ -615,7 +619,7 @@ class ReturnStats(nn.Module):
         self.register_buffer("var", torch.ones(n))
         self.register_buffer("count", torch.full((n,), 1e-4))
 
-    def update(self, J):
+    def update(self, J):  # (n, samples)
         b = J.shape[1]
         mean, var = J.mean(1), J.var(1, unbiased=False)
         total, delta = self.count + b, mean - self.mean
@@ -981,7 +985,7 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
     ("cpu", "episodic"): dict(model_size=1, rounds=30, seed_episodes=12, round_episodes=8, wm_steps=12_000,
                               wm_batch=128, wm_horizon=4, wm_lr=1e-3, policy_steps=6_000, policy_batch=64,
                               critic_passes=1),
-    ("cpu", "plant"): dict(rounds=80, seed_episodes=4, round_episodes=2, policy_steps=320, policy_batch=64,
+    ("cpu", "plant"): dict(rounds=10, seed_episodes=4, round_episodes=4, policy_steps=200, policy_batch=64,
                            critic_passes=8),
     ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256,
                           wm_horizon=16, wm_lr=3e-4, policy_steps=20_000, policy_batch=64, critic_passes=8),
@@ -1179,6 +1183,25 @@ class Progress:
             print(f"{text} | {timedelta(seconds=round(max(left, 0)))} left", flush=True)
 
 
+class Windows:
+    """SHAC's start states: B episodes of the true plant go on side by side, and each window of H steps starts where
+    they are. They end and begin anew as the task says, with the policy and its noise in between."""
+
+    def __init__(self, trainer):
+        a = trainer.args
+        self.trainer, self.herd = trainer, Herd(trainer.tasks[0], a.policy_batch, a.seed, a.workers)
+        self.obs = self.herd.reset()  # (B, O)
+
+    def starts(self, B, generator):
+        """H steps on -> observations (1, B, O). What was seen updates the scale of observations."""
+        device, seen, A = self.trainer.device, [], self.trainer.wm.act_mask.shape[1]
+        for eps in torch.randn(self.trainer.args.horizon, B, A, generator=generator, device=device):
+            self.obs, *_ = self.herd.step(self.trainer.policy(self.obs, np.zeros(B, int), eps))
+            seen.append(torch.as_tensor(self.obs, device=device))
+        self.trainer.wm.scale.update(torch.cat(seen).T)
+        return seen[-1][None]
+
+
 class Trainer:
     """Networks, optimisers and random generators of a run, its two updates, and its state for checkpoints."""
 
@@ -1202,7 +1225,7 @@ class Trainer:
         self.rows = task_rows(wm, tasks, self.facts, args.checkpoint)  # (N,) rows of the world model's task table
         policies = ((SharedActor(wm, self.rows), SharedCritics(wm, self.rows)) if args.shared_policy
                     else (Actors(wm.act_mask[self.rows], wm.latent), Critics(len(tasks), wm.latent)))
-        self.nets = nn.ModuleDict(dict(wm=wm, actors=policies[0], critics=policies[1], stats=ReturnStats(len(tasks))))
+        self.nets = nn.ModuleDict(dict(wm=wm, actors=policies[0], critics=policies[1], stats=RunningStats(len(tasks))))
         if args.planner_episodes or args.prior:
             self.nets["tdmpc2"] = (load_tdmpc2(wm, args.checkpoint) if args.checkpoint
                                    else TDMPC2(wm, SIZES[args.model_size][2], SIZES[args.model_size][4]))
@@ -1217,6 +1240,7 @@ class Trainer:
         self.model_fn, *self.policy_fns = (prepare(f, amp, args.compile) for f in (parallel, actor_loss, critic_loss))
         self.where = dict(stage=0, step=0, policy_updates=0, seconds=0.0)  # what the next piece of work is
         self.history = []
+        self.windows = Windows(self) if args.true_plant else None
 
     def update_model(self, sampler, progress, rank=0, world=1):
         """One world-model step; `progress` in [0, 1) is the position in the round, for the learning rate."""
@@ -1254,7 +1278,8 @@ class Trainer:
         return dict({name: net.state_dict() for name, net in self.nets.items()}, tasks=list(self.wm.tasks),
                     act_dims=list(self.wm.act_dims), policy_tasks=list(self.tasks), where=self.where,
                     opts={k: o.state_dict() for k, o in self.opts.items()}, history=self.history,
-                    rng={k: g.get_state() for k, g in self.rng.items()}, args=asdict(self.args))
+                    rng={k: g.get_state() for k, g in self.rng.items()}, args=asdict(self.args),
+                    windows=self.windows and {k: torch.from_numpy(v) for k, v in self.windows.herd.state().items()})
 
     def load_state(self, state):
         for name, net in self.nets.items():
@@ -1264,6 +1289,8 @@ class Trainer:
         for name, g in self.rng.items():
             g.set_state(state["rng"][name].cpu())
         self.where, self.history = state["where"], state["history"]
+        if self.windows:
+            self.windows.obs = self.windows.herd.load({k: v.cpu().numpy() for k, v in state["windows"].items()})
 
     def load_policies(self, path):
         """Actors, critics and statistics of `tasks` from a run's checkpoint, whatever its order of tasks."""
@@ -1728,7 +1755,7 @@ def extract(wm, starts, updates, horizon, gen, args, lr=2e-3, collect=None):
     Returns the actors (one). Learning rate falls linearly to 1e-5; small networks, as the observation has 6 numbers.
     """
     nets = nn.ModuleDict(dict(wm=wm, actors=Actors(torch.ones(1, 1), getattr(wm, "latent", 6), (128, 64, 32)),
-                              critics=Critics(1, getattr(wm, "latent", 6), widths=(128, 64)), stats=ReturnStats(1)))
+                              critics=Critics(1, getattr(wm, "latent", 6), widths=(128, 64)), stats=RunningStats(1)))
     opts = {k: torch.optim.Adam(nets[k].parameters(), lr, betas=(args.beta1, 0.95), fused=True)
             for k in ("actors", "critics")}
     hp = SimpleNamespace(gamma=args.gamma, lam=args.lam, symexp=False, critic_batches=args.critic_batches,
@@ -2093,8 +2120,7 @@ def ablation_row(name, variant, cells, base, tasks, expected):
                 latent=float(np.mean(latent)) if latent else None)
 
 
-STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, policy_lr=2e-3, rounds=40, policy_steps=160,
-                     first_policy=0.025, last_policy=0.025),
+STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, policy_lr=2e-3, rounds=5, policy_steps=160),
              "PWM": dict(rounds=10, wm_steps=3000, policy_steps=900, policy_batch=32)}
 STIFFNESS_FAST = dict(rounds=1, seed_episodes=1, round_episodes=1, wm_steps=2, wm_batch=4, policy_steps=2,
                       policy_batch=2, horizon=2, eval_episodes=1)
@@ -2120,8 +2146,7 @@ def stiffness(args, run, device_text):
     checks = {f"three seeds or more: {n}": n >= 3,
               f"SHAC loses by stiff contacts (paper: 48 %): {drop['SHAC']:.0%}": drop["SHAC"] > 0.2,
               f"PWM does not: {drop['PWM']:.0%}": drop["PWM"] < 0.1}
-    notes = ["a planar hopper with the contact springs of the paper's simulator and the masses of gymnasium's",
-             "SHAC's windows start in roll-outs of every fourth policy, not where the last windows ended; no PPO"]
+    notes = ["a planar hopper with the contact springs of the paper's simulator and the masses of gymnasium's; no PPO"]
     return finish_toy(replace(args, task="stiffness"), run, device_text, began, checks, notes, dict(rows=rows))
 
 
@@ -2183,7 +2208,7 @@ def main(args: Args, root="runs"):
         trainer.load_state(state)
         where = trainer.where
         progress.done |= state["done"]
-        if own and rank == 0 and not args.true_plant:  # which keeps the newest roll-outs only
+        if own and rank == 0:
             episodes.truncate(state["counts"])
     if rank == 0:
         announce(trainer, own, plan, f"{device.type}: {why}", run.dir)
@@ -2220,9 +2245,10 @@ def main(args: Args, root="runs"):
                 sampler = None
             elif n and (kind == "model" or rank == 0):
                 if sampler is None:
-                    sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
-                                               trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
-                    if args.episodic and not args.checkpoint and not (args.true_plant and r):  # newest data only: keep
+                    sampler = trainer.windows or episodes.sampler(
+                        tasks, args.wm_horizon, device, trainer.wm.obs_dim, trainer.wm.act_mask.shape[1], args.held_out,
+                        ends=args.episodic)
+                    if args.episodic and not args.checkpoint and not (args.true_plant and r):  # no model to rescale
                         trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
                 trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
                 first, began = where["step"], time.time()
@@ -2304,8 +2330,6 @@ def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
     def note(done, total):
         progress.line(f"round {r}: rolling out: {done:,}/{total:,} agent steps")
     played = collect(workers, tasks, n, r, trainer.args, trainer.policy, note)
-    if trainer.args.true_plant:  # SHAC's windows start in states of the current policy
-        episodes.truncate({tasks[0]: 0})
     returns = {}
     for t in tasks:
         mine = [e for e in played if e["task"] == t]

@@ -1351,7 +1351,7 @@ def tiny_world(n=3, size=None, seed=0):
     wm = pwm.WorldModel(7, range(1, n + 1), 2, enc_hidden=16, hidden=24, latent=16, task_dim=4 if n > 1 else 0)
     nn.init.normal_(wm.reward_head[-1].weight, std=0.3)  # a reward that differs between states
     nets = nn.ModuleDict({"wm": wm, "actors": pwm.Actors(wm.act_mask, 16), "critics": pwm.Critics(n, 16),
-                          "stats": pwm.ReturnStats(n)})
+                          "stats": pwm.RunningStats(n)})
     return nets, pwm.make_optimizers(nets)
 
 
@@ -1475,7 +1475,7 @@ def test_all_policies_at_once_equal_one_at_a_time():
     singles = []
     for k in range(3):  # the same initial networks, one task each
         one = nn.ModuleDict({"wm": nets["wm"], "actors": pwm.Actors(nets["wm"].act_mask[k:k + 1], 16),
-                             "critics": pwm.Critics(1, 16), "stats": pwm.ReturnStats(1)})
+                             "critics": pwm.Critics(1, 16), "stats": pwm.RunningStats(1)})
         for name, width in (("actors", 1), ("critics", 3)):
             one[name].load_state_dict({x: v[k * width:(k + 1) * width] for x, v in nets[name].state_dict().items()})
         singles.append((one, pwm.make_optimizers(one)))
@@ -1501,7 +1501,7 @@ def test_actor_gradient_against_finite_differences():
 
     def loss(H):  # Eq. (6) with fresh statistics; returns (loss, imagined return)
         obs, noise, _ = policy_inputs(1, H=H)
-        nets["stats"] = pwm.ReturnStats(1)
+        nets["stats"] = pwm.RunningStats(1)
         return pwm.actor_loss(*nets.values(), obs, noise[..., :1], task, 0.99, 0.95)[:2]
 
     # One step: sg(z) cuts nothing, so the gradient is that of J, here by central differences of J / deviation
@@ -1536,7 +1536,7 @@ def test_the_td_objective_is_the_mean_lambda_return():
     loss, J, _, target = pwm.actor_loss(*nets.values(), obs, noise, task, 0.99, 0.95, td=True)
     assert torch.allclose(J, want.mean(1), atol=1e-5)
     assert torch.allclose(target.view(3, 5, 6)[:, 0], G, atol=1e-5)
-    nets["stats"] = pwm.ReturnStats(3)
+    nets["stats"] = pwm.RunningStats(3)
     plain = pwm.actor_loss(*nets.values(), obs, noise, task, 0.99, 0.95)[1]
     assert not torch.allclose(plain, J, atol=1e-3)
 
@@ -5407,6 +5407,34 @@ def test_gradient_statistics_against_plain_autograd():
         assert stats["esnr_code"][h - 1] == pytest.approx(float((g.mean(0)**2 / (g.var(0) + 1e-9)).mean()), rel=1e-3)
 
 
+def shac(**flags):
+    args = pwm.Args(task="planar-hopper", true_plant=True, episodic=True, policy_batch=3, horizon=4, device="cpu",
+                    compile=False, workers=1, **flags)
+    return pwm.Trainer(pwm.fill_budget(args, torch.device("cpu"), 1, 1), ["planar-hopper"], torch.device("cpu"))
+
+
+def test_windows_of_shac_go_on_where_the_last_ones_ended():
+    one, seen, herd = shac(), [], envs.Herd("planar-hopper", 3, seed=1)
+    obs = herd.reset()
+    for _ in range(2):
+        for eps in torch.randn(4, 3, 3, generator=gen(5)):
+            obs = herd.step(one.nets["actors"](one.wm.encode(torch.from_numpy(obs), None)[None], eps)[0].detach())[0]
+            seen.append(obs)
+        start = one.windows.starts(3, gen(5))
+        assert np.allclose(start[0], obs, atol=1e-5) and start.shape == (1, 3, 11)
+        scale = one.wm.scale  # of all that was seen, and used from now on
+        assert np.allclose(scale.mean, np.concatenate(seen).mean(0), atol=1e-4)
+        assert np.allclose(scale.var.sqrt(), np.concatenate(seen).std(0), atol=1e-3)
+    assert one.windows.herd.t.tolist() == [8, 8, 8]
+    z = one.wm.encode(start[0], None)
+    assert torch.allclose(one.wm.decode(z), start[0], atol=1e-5) and not torch.allclose(z, start[0], atol=0.5)
+    other, state = shac(seed=2), io.BytesIO()
+    torch.save(one.state(), state)
+    state.seek(0)
+    other.load_state(torch.load(state, weights_only=True))
+    assert torch.equal(one.windows.starts(3, gen(6)), other.windows.starts(3, gen(6)))
+
+
 def test_first_order_gradients_through_the_true_plant_improve_a_policy():
     p, args, g = envs.plant("double-pendulum"), pwm.Args(task="double-pendulum"), gen(1)
     torch.manual_seed(0)
@@ -5477,7 +5505,7 @@ def episodic_world(seed=0):
         p.data += 0.1 * torch.randn(p.shape)
     wm.rew_std.fill_(2.0)
     nets = nn.ModuleDict(dict(wm=wm, actors=pwm.Actors(torch.ones(1, 2), 16, (8,)), critics=pwm.Critics(1, 16),
-                              stats=pwm.ReturnStats(1)))
+                              stats=pwm.RunningStats(1)))
     return nets
 
 
