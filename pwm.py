@@ -2120,8 +2120,8 @@ def ablation_row(name, variant, cells, base, tasks, expected):
                 latent=float(np.mean(latent)) if latent else None)
 
 
-STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, policy_lr=2e-3, rounds=5, policy_steps=160),
-             "PWM": dict(rounds=10, wm_steps=3000, policy_steps=900, policy_batch=32)}
+STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, policy_lr=2e-3, rounds=4, policy_steps=120),
+             "PWM": dict(rounds=10, wm_steps=5000, policy_steps=2000, policy_batch=32)}
 STIFFNESS_FAST = dict(rounds=1, seed_episodes=1, round_episodes=1, wm_steps=2, wm_batch=4, policy_steps=2,
                       policy_batch=2, horizon=2, eval_episodes=1)
 
