@@ -20,14 +20,17 @@ Deviations from the paper (the released code's own are not repeated):
  2. Critic minibatches are reshuffled in every pass (App. C.2 says uniform; the release takes contiguous quarters).
  3. On a CPU the world model trains on 4-step sequences at learning rate 1e-3 instead of 16 and 3e-4 (--wm-horizon,
     --wm-lr), and everywhere its rate falls in the second half of a round (--wm-final-lr). Imagination keeps H = 16.
- 4. On a CPU the critics take one pass over the imagined data per update instead of eight (--critic-passes).
+ 4. On a CPU the critics take one pass over the imagined data per update instead of eight (--critic-passes), but for 10.
  5. Actions are masked to the task's own dimensions in imagination too; the release lets policies use untrained inputs.
  6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)); start states come from every episode.
  7. Own data: half of the roll-outs with current policies are disturbed by short random actions (see `collect`).
  8. Single tasks that end (--episodic): a head learns which steps end an episode, and imagined returns are weighted by
     the probability that it goes on. The release has no such head: it steps the real environment along for its flags.
  9. There, rewards are divided by their deviation and not centred, which would make an end as good as going on; and own
-    data of mixed quality take the place of SHAC's. Imagination starts from every stored state, not at the robot's.
+    data of mixed quality take the place of SHAC's. Imagination starts where bodies are that go on alongside, as in the
+    release (`Windows`; their steps are not stored), and for gymnasium ids from every stored state.
+10. On a CPU these tasks imagine 6 steps instead of 16, train on 6-step sequences, learn policies at 1e-3 instead of
+    5e-4, and in a hundred short rounds: 16 steps through models this rough lead a policy astray (README).
 """
 import contextlib
 import copy
@@ -54,7 +57,7 @@ import torch.nn.functional as F
 import tyro
 
 from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
-from envs import SUITES, TOY, Herd, Workers, choose_gl, make_env, plant, score, task_facts
+from envs import LOCOMOTION, SUITES, TOY, Herd, Workers, choose_gl, make_env, plant, score, task_facts
 
 MT30, MT80 = SUITES["mt30"], SUITES["mt80"]
 
@@ -135,27 +138,27 @@ class Args:
     """minibatches per pass (App. C.2: 4)"""
 
     # algorithm
-    horizon: int = 16
-    """H, imagined steps (Table 1)"""
+    horizon: int | None = None
+    """H, imagined steps (Table 1: 16): deviation 10"""
     gamma: float = 0.99
     """discount (Table 1)"""
     lam: float = 0.95
     """lambda of the critic's targets (Table 1)"""
     rho: float = 0.99
     """weight of step t in the world-model loss is rho^t (Eq. 10 calls it gamma)"""
-    policy_lr: float = 5e-4
-    """actor and critic learning rate (Table 1), falling linearly to 1e-5"""
+    policy_lr: float | None = None
+    """actor and critic learning rate, falling linearly to 1e-5 (Table 1: 5e-4): deviation 10"""
     beta1: float = 0.7
     """first Adam coefficient of actor and critic (released code; the second is 0.95)"""
     symexp: bool = False
     """imagine true rewards; the paper (App. C.1) leaves out the symexp and maximises rewards in log space"""
-    first_model: float = 0.25
+    first_model: float | None = None
     """share of the world-model updates in the first round, where the latent model starts from nothing"""
-    last_model: float = 0.2
+    last_model: float | None = None
     """share of the world-model updates in the last round"""
-    first_policy: float = 0.04
+    first_policy: float | None = None
     """share of the policy updates in the first round"""
-    last_policy: float = 0.3
+    last_policy: float | None = None
     """share of the policy updates in the last round"""
     held_out: float = 0.1
     """fraction of episodes on which the world model is tested, never trained"""
@@ -977,23 +980,26 @@ def open_loop_error(wm, batch, rows, horizons=(1, 4, 16)):
 SIZES = {1: (2, 256, 384, 128, 2, 96), 5: (2, 256, 512, 512, 5, 64), 19: (3, 1024, 1024, 512, 5, 64),
          48: (4, 1792, 1792, 768, 5, 64), 317: (5, 4096, 4096, 1376, 8, 96)}
 
-BUDGETS = {  # what the flags that were left out become, by device and number of tasks
+DEFAULTS = dict(eval_episodes=10, horizon=16, policy_lr=5e-4, first_model=0.25, last_model=0.2, first_policy=0.04,
+                last_policy=0.3)
+BUDGETS = {  # what the flags that were left out become, by device and number of tasks, where it is not DEFAULTS
     ("cpu", "one"): dict(model_size=1, rounds=12, seed_episodes=16, round_episodes=4, wm_steps=10_000, wm_batch=64,
                          wm_horizon=4, wm_lr=1e-3, policy_steps=3_000, policy_batch=64, critic_passes=1),
     ("cpu", "many"): dict(model_size=1, rounds=6, seed_episodes=18, round_episodes=8, wm_steps=24_000, wm_batch=256,
                           wm_horizon=4, wm_lr=1e-3, policy_steps=2_400, policy_batch=16, critic_passes=1),
-    ("cpu", "episodic"): dict(model_size=1, rounds=30, seed_episodes=12, round_episodes=8, wm_steps=12_000,
-                              wm_batch=128, wm_horizon=4, wm_lr=1e-3, policy_steps=6_000, policy_batch=64,
-                              critic_passes=1),
+    ("cpu", "episodic"): dict(model_size=1, rounds=100, seed_episodes=12, round_episodes=6, wm_steps=12_000,
+                              wm_batch=128, wm_horizon=6, wm_lr=1e-3, policy_steps=3_600, policy_batch=64,
+                              critic_passes=8, horizon=6, policy_lr=1e-3, first_model=0.2, last_model=0.05,
+                              first_policy=0.01, last_policy=0.05),
     ("cpu", "plant"): dict(rounds=10, seed_episodes=4, round_episodes=4, policy_steps=200, policy_batch=64,
-                           critic_passes=8),
+                           critic_passes=8, policy_lr=2e-3),
     ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256,
                           wm_horizon=16, wm_lr=3e-4, policy_steps=20_000, policy_batch=64, critic_passes=8),
     ("cuda", "episodic"): dict(model_size=5, rounds=60, seed_episodes=20, round_episodes=64, wm_steps=60_000,
                                wm_batch=256, wm_horizon=16, wm_lr=3e-4, policy_steps=15_000, policy_batch=64,
                                critic_passes=8),
     ("cuda", "plant"): dict(rounds=40, seed_episodes=4, round_episodes=4, policy_steps=2_000, policy_batch=64,
-                            critic_passes=8),
+                            critic_passes=8, policy_lr=2e-3),
     ("cuda", "many"): dict(model_size=48, rounds=6, seed_episodes=40, round_episodes=20, wm_steps=100_000,
                            wm_batch=1024, wm_horizon=16, wm_lr=3e-4, policy_steps=10_000, policy_batch=64,
                            critic_passes=8),
@@ -1068,7 +1074,7 @@ def fill_budget(args, device, n_tasks, world):
     budget = dict(BUDGETS["fast"] if args.fast else BUDGETS[device.type, kind])
     if args.checkpoint:
         del budget["model_size"]  # the file says
-    budget.setdefault("eval_episodes", 10)
+    budget = DEFAULTS | budget
     return replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
 
 
@@ -1184,22 +1190,31 @@ class Progress:
 
 
 class Windows:
-    """SHAC's start states: B episodes of the true plant go on side by side, and each window of H steps starts where
-    they are. They end and begin anew as the task says, with the policy and its noise in between."""
+    """Start states on the policy's own path: B bodies go on side by side, with the policy and its noise, for H steps
+    before every update; the imagined windows start where they are. They end and begin anew as the task says."""
 
     def __init__(self, trainer):
         a = trainer.args
-        self.trainer, self.herd = trainer, Herd(trainer.tasks[0], a.policy_batch, a.seed, a.workers)
+        self.trainer, self.herd, self.steps = trainer, Herd(trainer.tasks[0], a.policy_batch, a.seed, a.workers), 0
         self.obs = self.herd.reset()  # (B, O)
 
     def starts(self, B, generator):
-        """H steps on -> observations (1, B, O). What was seen updates the scale of observations."""
-        device, seen, A = self.trainer.device, [], self.trainer.wm.act_mask.shape[1]
-        for eps in torch.randn(self.trainer.args.horizon, B, A, generator=generator, device=device):
+        """H steps on -> observations (1, B, O). With a true plant, what was seen updates the scale of observations."""
+        wm, device, H, seen = self.trainer.wm, self.trainer.device, self.trainer.args.horizon, []
+        for eps in torch.randn(H, B, wm.act_mask.shape[1], generator=generator, device=device):
             self.obs, *_ = self.herd.step(self.trainer.policy(self.obs, np.zeros(B, int), eps))
             seen.append(torch.as_tensor(self.obs, device=device))
-        self.trainer.wm.scale.update(torch.cat(seen).T)
+        if isinstance(wm, TruePlant):
+            wm.scale.update(torch.cat(seen).T)
+        self.steps += H * B
         return seen[-1][None]
+
+    def state(self):
+        return {k: torch.from_numpy(v) for k, v in self.herd.state().items()} | {"steps": torch.tensor(self.steps)}
+
+    def load(self, state):
+        self.obs = self.herd.load({k: v.cpu().numpy() for k, v in state.items() if k != "steps"})
+        self.steps = int(state["steps"])
 
 
 class Trainer:
@@ -1229,6 +1244,8 @@ class Trainer:
         if args.planner_episodes or args.prior:
             self.nets["tdmpc2"] = (load_tdmpc2(wm, args.checkpoint) if args.checkpoint
                                    else TDMPC2(wm, SIZES[args.model_size][2], SIZES[args.model_size][4]))
+        if args.episodic:  # such policies come and go: what acted in the round with the best roll-outs is kept
+            self.nets["best"] = copy.deepcopy(nn.ModuleDict(dict(wm=wm, actors=policies[0])))
         self.nets.to(device)
         self.wm, self.rows = wm, self.rows.to(device)
         self.heads = self.nets["tdmpc2"] if "tdmpc2" in self.nets else None
@@ -1238,9 +1255,10 @@ class Trainer:
         amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
         parallel = nn.parallel.DistributedDataParallel(wm) if world > 1 else wm
         self.model_fn, *self.policy_fns = (prepare(f, amp, args.compile) for f in (parallel, actor_loss, critic_loss))
-        self.where = dict(stage=0, step=0, policy_updates=0, seconds=0.0)  # what the next piece of work is
+        self.where = dict(stage=0, step=0, policy_updates=0, seconds=0.0, best=-math.inf)  # next work, best roll-outs
         self.history = []
-        self.windows = Windows(self) if args.true_plant else None
+        alone = args.episodic and not (args.data_dir or args.eval_only)  # nothing but the task is stepped
+        self.windows = Windows(self) if alone and tasks[0] in LOCOMOTION else None
 
     def update_model(self, sampler, progress, rank=0, world=1):
         """One world-model step; `progress` in [0, 1) is the position in the round, for the learning rate."""
@@ -1266,11 +1284,12 @@ class Trainer:
         task = self.rows.repeat_interleave(B)
         return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, task, args)
 
-    def policy(self, obs, task, eps=None):
+    def policy(self, obs, task, eps=None, best=False):
         """What roll-outs call: numpy obs (n, o), task (n,), noise (n, A) or None for the mean -> actions (n, A)."""
+        nets = self.nets["best"] if best else self.nets
         task = torch.as_tensor(task, device=self.device)
         eps = None if eps is None else pad(eps, self.wm.act_mask.shape[1], self.device)
-        a = act(self.wm, self.nets["actors"], self.rows, pad(obs, self.wm.obs_dim, self.device), task, eps)
+        a = act(nets["wm"], nets["actors"], self.rows, pad(obs, self.wm.obs_dim, self.device), task, eps)
         return a[:, :max(f.act_dim for f in self.facts)].cpu().numpy()
 
     def state(self):
@@ -1279,7 +1298,7 @@ class Trainer:
                     act_dims=list(self.wm.act_dims), policy_tasks=list(self.tasks), where=self.where,
                     opts={k: o.state_dict() for k, o in self.opts.items()}, history=self.history,
                     rng={k: g.get_state() for k, g in self.rng.items()}, args=asdict(self.args),
-                    windows=self.windows and {k: torch.from_numpy(v) for k, v in self.windows.herd.state().items()})
+                    windows=self.windows and self.windows.state())
 
     def load_state(self, state):
         for name, net in self.nets.items():
@@ -1290,7 +1309,7 @@ class Trainer:
             g.set_state(state["rng"][name].cpu())
         self.where, self.history = state["where"], state["history"]
         if self.windows:
-            self.windows.obs = self.windows.herd.load({k: v.cpu().numpy() for k, v in state["windows"].items()})
+            self.windows.load(state["windows"])
 
     def load_policies(self, path):
         """Actors, critics and statistics of `tasks` from a run's checkpoint, whatever its order of tasks."""
@@ -1304,6 +1323,9 @@ class Trainer:
         for name, n in (("actors", 1), ("critics", self.nets["critics"].E), ("stats", 1)):
             picked = {k: v.unflatten(0, (-1, n))[pick].flatten(0, 1) for k, v in file[name].items()}
             self.nets[name].load_state_dict(picked)
+        if "best" in self.nets and "best" in file:
+            self.nets["best"].load_state_dict(file["best"])
+            self.where["best"] = file["where"]["best"]
 
     def trial(self):
         """Seconds of one model and one policy update, measured on copies with made-up data, for the first estimate."""
@@ -1434,6 +1456,8 @@ def evaluate(workers, trainer, progress):
 
     columns = dict(random=run(args.eval_episodes, lambda obs, *_: rng.uniform(-1, 1, (len(obs), A))),
                    ours=run(args.eval_episodes, lambda obs, task, *_: trainer.policy(obs, task)))
+    if trainer.where["best"] > -math.inf:
+        columns["best round"] = run(args.eval_episodes, lambda obs, task, *_: trainer.policy(obs, task, best=True))
     if args.prior:
         def prior(obs, task, *_):
             row = rows[torch.as_tensor(task, device=device)]
@@ -1565,16 +1589,23 @@ def plot(rows, names, history, seconds, folder):
     rounds = [h for h in history if "return" in h]
     if not rounds:
         return
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     minutes = [h["seconds"] / 60 for h in rounds]
-    for r in rows:
-        (line,) = ax.plot(minutes, [h["return"][r["task"]] for h in rounds], "o-", ms=3, lw=1, alpha=0.6)
-        if not r["task"].startswith("mw-"):
-            ax.plot(seconds / 60, r["ours"], "*", color=line.get_color(), ms=8)
-    if len(rows) > 1:
-        ax.plot(minutes, [np.mean(list(h["return"].values())) for h in rounds], "k-", lw=2, label="mean over tasks")
-        ax.legend(fontsize=8)
-    ax.set(xlabel="minutes", ylabel="return of roll-outs (star: final evaluation)")
+    against = {"minutes": (minutes, seconds / 60)}
+    if "steps" in rounds[0]:
+        steps = np.cumsum([h["steps"] for h in rounds]) + [h["window_steps"] for h in rounds]
+        against["environment steps"] = (steps, steps[-1])
+    fig, axes = plt.subplots(1, len(against), figsize=(6 * len(against), 4), sharey=True, squeeze=False,
+                             layout="constrained")
+    for ax, (label, (x, end)) in zip(axes[0], against.items()):
+        for r in rows:
+            (line,) = ax.plot(x, [h["return"][r["task"]] for h in rounds], "o-", ms=3, lw=1, alpha=0.6)
+            if not r["task"].startswith("mw-"):
+                ax.plot(end, r["ours"], "*", color=line.get_color(), ms=8)
+        if len(rows) > 1:
+            ax.plot(x, [np.mean(list(h["return"].values())) for h in rounds], "k-", lw=2, label="mean over tasks")
+            ax.legend(fontsize=8)
+        ax.set_xlabel(label)
+    axes[0, 0].set_ylabel("return of roll-outs (star: final evaluation)")
     fig.savefig(folder / "curve.png", dpi=120)
     plt.close(fig)
 
@@ -2120,8 +2151,8 @@ def ablation_row(name, variant, cells, base, tasks, expected):
                 latent=float(np.mean(latent)) if latent else None)
 
 
-STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, policy_lr=2e-3, rounds=4, policy_steps=120),
-             "PWM": dict(rounds=10, wm_steps=5000, policy_steps=2000, policy_batch=32)}
+STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, rounds=4, policy_steps=120),
+             "PWM": dict(rounds=50, wm_steps=6000, policy_steps=1800)}
 STIFFNESS_FAST = dict(rounds=1, seed_episodes=1, round_episodes=1, wm_steps=2, wm_batch=4, policy_steps=2,
                       policy_batch=2, horizon=2, eval_episodes=1)
 
@@ -2199,7 +2230,7 @@ def main(args: Args, root="runs"):
     plan = [] if args.eval_only else make_plan(args, own, bool(args.checkpoint) or args.true_plant)
     total = {kind: sum(n for k, _, n in plan if k == kind) for kind in ("collect", "model", "policy")}
     episode = sum(f.episode_length for f in trainer.facts)  # agent steps of one episode of every task
-    total["steps"] = episode * (total.pop("collect") + (2 + args.prior) * args.eval_episodes)
+    total["steps"] = episode * (total.pop("collect") + (2 + args.prior + args.episodic) * args.eval_episodes)
     progress = Progress(total | dict(planner=episode * args.planner_episodes))
     where = trainer.where
     if args.resume:
@@ -2245,9 +2276,8 @@ def main(args: Args, root="runs"):
                 sampler = None
             elif n and (kind == "model" or rank == 0):
                 if sampler is None:
-                    sampler = trainer.windows or episodes.sampler(
-                        tasks, args.wm_horizon, device, trainer.wm.obs_dim, trainer.wm.act_mask.shape[1], args.held_out,
-                        ends=args.episodic)
+                    sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
+                                               trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
                     if args.episodic and not args.checkpoint and not (args.true_plant and r):  # no model to rescale
                         trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
                 trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
@@ -2256,7 +2286,8 @@ def main(args: Args, root="runs"):
                     if kind == "model":
                         metrics = trainer.update_model(sampler, step / n, rank, world)
                     else:
-                        metrics = trainer.update_policies(sampler, where["policy_updates"] / total["policy"])
+                        metrics = trainer.update_policies(trainer.windows or sampler,
+                                                          where["policy_updates"] / total["policy"])
                         where["policy_updates"] += 1
                     if (step + 1) % 50 == 0 or step + 1 == n:
                         numbers = read_metrics(metrics, kind, world)
@@ -2337,9 +2368,14 @@ def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
         returns[t] = float(np.mean([e["ret"] for e in (mine[::2] if trainer.args.episodic and r else mine)]))
     mean = float(np.mean(list(returns.values())))
     trainer.history.append({"round": r, "seconds": trainer.where["seconds"], "return": returns})
+    if trainer.args.episodic and r and mean > trainer.where["best"]:
+        trainer.where["best"] = mean
+        trainer.nets["best"].load_state_dict({k: v for k, v in trainer.nets.state_dict().items()
+                                              if k.startswith(("wm.", "actors."))})
     if trainer.args.episodic:  # the return is of undisturbed episodes
         length = [len(e["rew"]) for e in played]
-        trainer.history[-1] |= {"steps": sum(length), "length": float(np.mean(length))}
+        trainer.history[-1] |= {"steps": sum(length), "length": float(np.mean(length)),
+                                "window_steps": trainer.windows.steps if trainer.windows else 0}  # in all so far
         progress.line(f"round {r}: {len(played)} episodes of {np.mean(length):.0f} steps on average", True)
     log({f"rollout/{t}/return": v for t, v in returns.items()} | {"charts/episodic_return": mean})
     progress.add("steps", n * episode, time.time() - began)

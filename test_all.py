@@ -5605,7 +5605,9 @@ def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch,
     assert stored["length"].max() <= 12 and len(stored["length"]) >= 2 * 64
     body = pwm.main(pwm.Args(**{**tiny, "task": "hopper", "seed_episodes": 1, "round_episodes": 1}))
     assert "not comparable: PPO 4742, SAC 4126" in capsys.readouterr().out
-    assert body["table"][0]["ours"] > -1000 and [h for h in body["history"] if "length" in h][0]["length"] < 120
+    rounds = [h for h in body["history"] if "length" in h]
+    assert body["table"][0]["ours"] > -1000 and rounds[0]["length"] < 120 and rounds[0]["window_steps"] == 0
+    assert rounds[-1]["window_steps"] % (16 * body["args"]["policy_batch"]) == 0 < rounds[-1]["window_steps"]
     plain = pwm.main(pwm.Args(**{**tiny, "wm_horizon": 3, "horizon": 4, "episodic": False}))
     assert not plain["args"]["episodic"] and "end_head.1.weight" not in torch.load(
         last_run(tmp_path) / "checkpoint.pt", weights_only=True)["wm"]
