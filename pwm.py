@@ -1257,8 +1257,8 @@ class Trainer:
         self.model_fn, *self.policy_fns = (prepare(f, amp, args.compile) for f in (parallel, actor_loss, critic_loss))
         self.where = dict(stage=0, step=0, policy_updates=0, seconds=0.0, best=-math.inf)  # next work, best roll-outs
         self.history = []
-        alone = args.episodic and not (args.data_dir or args.eval_only)  # nothing but the task is stepped
-        self.windows = Windows(self) if alone and tasks[0] in LOCOMOTION else None
+        own_body = args.episodic and tasks[0] in LOCOMOTION and not (args.data_dir or args.eval_only)
+        self.windows = Windows(self) if own_body else None
 
     def update_model(self, sampler, progress, rank=0, world=1):
         """One world-model step; `progress` in [0, 1) is the position in the round, for the learning rate."""

@@ -5594,6 +5594,10 @@ def test_a_policy_learns_not_to_end_the_episode(tmp_path, monkeypatch):
     again = pwm.main(pwm.Args(task=settings["task"], device="cpu", workers=1, eval_only=True, eval_episodes=4,
                               checkpoint=str(folder / "checkpoint.pt")))
     assert again["table"][0]["ours"] == pytest.approx(table["ours"], abs=8)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["where"]["best"] == max(h["return"][settings["task"]] for h in rounds if h["round"])
+    assert not torch.equal(state["best"]["actors.log_std"], state["actors"]["log_std"])  # kept before the last updates
+    assert again["table"][0]["best round"] == pytest.approx(table["best round"], abs=8) and table["best round"] > 25
 
 
 def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch, capsys):
