@@ -1301,6 +1301,9 @@ class Trainer:
                     windows=self.windows and self.windows.state())
 
     def load_state(self, state):
+        if missing := [name for name in (*self.nets, "windows") if name not in state]:
+            raise SystemExit(f"the checkpoint has no {missing[0]!r}, so an older version of this script wrote it: go "
+                             "on with the copy of the code in the run's folder")
         for name, net in self.nets.items():
             net.load_state_dict(state[name])
         for name, opt in self.opts.items():
