@@ -30,7 +30,7 @@ Deviations from the paper (the released code's own are not repeated):
     data of mixed quality take the place of SHAC's. Imagination starts where bodies are that go on alongside, as in the
     release (`Windows`; their steps are not stored), and for gymnasium ids from every stored state.
 10. On a CPU these tasks imagine 6 steps instead of 16, train on 6-step sequences, learn policies at 1e-3 instead of
-    5e-4, and in a hundred short rounds: 16 steps through models this rough lead a policy astray (README).
+    5e-4, and in a hundred short rounds: with 16 steps and either rate hoppers fell. Changed together, not one by one.
 """
 import contextlib
 import copy
