@@ -293,16 +293,16 @@ def _free_bytes(device):
 
 
 class Sampler:
-    """Uniform slices of H steps: task uniform over tasks with data, episode uniform, start uniform in
-    0..length-H.
+    """Uniform slices of H steps: task uniform over tasks with data, episode uniform, start uniform in 0..length-H.
 
     tasks: names (their position is the id returned).  obs_dim, act_dim: pad with zeros to this width
     (default: the widest task).  held_out: about this fraction of each task's episodes is kept out of
     training: numbers 3, 3+k, 3+2k, .. with k = round(1/held_out), so membership never changes as data grows
     and four episodes have one.
-    ends: for tasks that end by themselves. Slices then start at any step, 0..length-1, so that no episode is too
-    short; beyond the end the last observation and action repeat, and sequences() also returns term (H,B), 1 where
-    the step ended the episode by itself, and live (H,B), 0 beyond the end, both f32.
+    ends: for tasks that end by themselves. Slices then start at any step of all episodes, each equally likely: with
+    episodes equally likely, the many short ones of bad policies would crowd out the few long ones of good policies.
+    No episode is too short; beyond the end the last observation and action repeat, and sequences() also returns term
+    (H,B), 1 where the step ended the episode by itself, and live (H,B), 0 beyond the end, both f32.
     resident: hold all rows on the device (True), read memory maps (False), or decide by free memory (None);
     the batches are the same.  Attributes: resident, nbytes (size when resident), too_short (episodes shorter
     than H).
@@ -357,8 +357,10 @@ class Sampler:
         for pick in picks:
             count = np.array([len(numbers) for numbers, _ in pick], np.int64)
             ep, room = (np.concatenate(x) for x in zip(*pick))
-            pools.append({"first": np.cumsum(count) - count, "count": count, "active": np.flatnonzero(count),
-                          "ep": ep, "room": room})
+            first, until = np.cumsum(count) - count, np.cumsum(room)         # (K,) episodes, starts up to here
+            before, after = (np.append(0, until)[i] for i in (first, first + count))         # (K,) starts
+            pools.append({"first": first, "count": count, "active": np.flatnonzero(count), "ep": ep, "room": room,
+                          "until": until, "before": before, "starts": after - before})
         if not len(pools[0]["active"]):
             raise SystemExit(f"none of {', '.join(self.tasks)} has episodes yet: collect or convert some "
                              "first")
@@ -390,6 +392,10 @@ class Sampler:
         pool = self._table(held_out, generator)
         # double precision: u < 1 gives floor(u * n) < n for every n here, and no episode is favoured
         u = torch.rand(2, *task.shape, dtype=torch.float64, generator=generator, device=generator.device)
+        if self.ends:                            # all starts in a row, by number
+            at = pool["before"][task] + (u[0] * pool["starts"][task]).long()
+            pick = torch.searchsorted(pool["until"], at, right=True)
+            return pool["ep"][pick], at - pool["until"][pick] + pool["room"][pick], pool["room"][pick]
         pick = pool["first"][task] + (u[0] * pool["count"][task]).long()
         return pool["ep"][pick], (u[1] * pool["room"][pick]).long(), pool["room"][pick]
 

@@ -96,10 +96,12 @@ class Args:
     """with --checkpoint: only play the agent"""
     cluster_only: bool = False
     """only warm-up and clustering, for --seeds seeds: silhouette, adjusted Rand index between seeds"""
-    experiment: Literal["clusters", "experts", "monolith", "transfer", "tokens", "fidelity", "cost"] | None = None
+    experiment: Literal["clusters", "experts", "monolith", "transfer", "pretrain", "tokens", "fidelity",
+                        "cost"] | None = None
     """a study instead of a run: number of clusters, experts and losses, one big model, what a model of all tasks but
-    the last one gains on that last one (Boxing,Krull,Boxing@m0d1: a near one), experts per token instead of per task,
-    image quality against the noise of the actor's gradient, or the time of an update"""
+    the last one gains on that last one (Boxing,Krull,Boxing@m0d1: a near one), what play without rewards gains once
+    they come, experts per token instead of per task, image quality against the noise of the actor's gradient, or the
+    time of an update"""
     seeds: int = 3
     """seeds of --cluster-only and --experiment: seed, seed + 1, .."""
     capture_video: bool = False
@@ -196,6 +198,9 @@ class Args:
     """weight of the expert balance loss"""
     task_coef: float = 1.0
     """weight of the task prediction loss"""
+    reward_free: bool = False
+    """the warm-up learns images and dynamics, but no rewards and ends (with more --random-steps and --warmup this is
+    pre-training on play that nobody has scored)"""
     reset_mask: bool = True
     """attention and KL stay within an episode"""
     fresh_contexts: bool = False
@@ -728,9 +733,9 @@ def world_model_loss(wm, obs, act, rew, term, first, tau, noise, gate="st", rese
     return losses, more
 
 
-def total_loss(losses, task_coef=1.0):
-    """L_k = rec + rew + end + task + 0.5 dyn + 0.1 rep, (K,)."""
-    scale = {"dyn": 0.5, "rep": 0.1, "task": task_coef}
+def total_loss(losses, task_coef=1.0, scored=True):
+    """L_k = rec + rew + end + task + 0.5 dyn + 0.1 rep, (K,); rew and end only where play is `scored`."""
+    scale = {"dyn": 0.5, "rep": 0.1, "task": task_coef, "rew": float(scored), "end": float(scored)}
     return sum(scale.get(name, 1.0) * x for name, x in losses.items())
 
 
@@ -869,7 +874,7 @@ class Agent:
             losses, more = self.world_loss(self.wm, *batch, tau, (tau - 1) / 4, a.gate, a.reset_mask, task,
                                            self.average)
         losses = dict(zip(losses, self.average(torch.stack([*losses.values()]))))
-        per_task = total_loss(losses, a.task_coef)
+        per_task = total_loss(losses, a.task_coef, not a.reward_free or self.updates >= a.warmup)
         mean, now = self.mean_loss[at], per_task.detach()
         self.mean_loss[at] = mean = torch.where(mean.isnan(), now, mean.lerp(now, 0.01))
         if a.harmony == "closed":
@@ -1182,6 +1187,25 @@ def ssim(x, y):
     return (alike / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))).mean((-2, -1))
 
 
+@functools.cache
+def random_filters(device):
+    """Kernels of three convolutions, drawn once for all runs."""
+    g, widths = torch.Generator().manual_seed(0), (3, 32, 64, 128)
+    return [torch.randn(o, i, 3, 3, generator=g).mul((2 / (9 * i)) ** 0.5).to(device)
+            for i, o in zip(widths, widths[1:])]
+
+
+def perceptual(x, y):
+    """Distance of images (.., 3, H, W) in [0, 1] as in LPIPS (Zhang et al., 2018), in a network of fixed random weights
+    instead of a trained one: squared difference of features of norm 1 per place, mean over places, sum over layers."""
+    pair, out = torch.stack([x, y]).reshape(2, -1, *x.shape[-3:]) * 2 - 1, 0.0
+    for kernel in random_filters(x.device):
+        pair = F.relu(F.conv2d(pair.flatten(0, 1), kernel, stride=2, padding=1)).unflatten(0, (2, -1))
+        a, b = F.normalize(pair, dim=2)
+        out = out + (a - b).square().sum(1).mean((-2, -1))
+    return out.view(x.shape[:-3])
+
+
 @torch.no_grad()
 def open_loop(agent, batch, context):
     """Real, reconstructed and imagined images (K, B, L, 3, 64, 64) for real actions, of which only the first `context`
@@ -1203,8 +1227,8 @@ def open_loop(agent, batch, context):
 @torch.no_grad()
 def fidelity(agent, frames, since=0, batches=8):
     """How good the world model is per task, on the frames from row `since` on: PSNR of reconstructions and of open-loop
-    imagination, SSIM of reconstructions, dynamics KL; how often the expert changes from token to token, and the mean
-    number of tokens that keep one."""
+    imagination, SSIM and `perceptual` distance of reconstructions, dynamics KL; how often the expert changes from token
+    to token, and the mean number of tokens that keep one."""
     a, rows = agent.args, []
     for i in range(batches):
         torch.manual_seed(draw_seed(a.seed, 7, i))
@@ -1213,10 +1237,10 @@ def fidelity(agent, frames, since=0, batches=8):
         losses, more = world_model_loss(agent.wm, *batch, agent.temperature(), 0.0, a.gate, a.reset_mask)
         psnr, dream = (-10 * (y - real).square().mean((-3, -2, -1)).clamp(min=1e-8).log10() for y in (rebuilt, dreamt))
         dream = dream[:, :, a.context:]
-        rows.append(torch.stack([psnr.mean((1, 2)), ssim(rebuilt, real).mean((1, 2, 3)), dream.mean((1, 2)),
-                                 more["dyn_raw"], losses["rec"],
-                                 more.get("switch_rate", torch.zeros_like(more["dyn_raw"]))]))
-    names = ("psnr", "ssim", "open_loop_psnr", "dyn_kl", "rec", "switch_rate")
+        rows.append(torch.stack([psnr.mean((1, 2)), ssim(rebuilt, real).mean((1, 2, 3)),
+                                 perceptual(rebuilt, real).mean((1, 2)), dream.mean((1, 2)), more["dyn_raw"],
+                                 losses["rec"], more.get("switch_rate", torch.zeros_like(more["dyn_raw"]))]))
+    names = ("psnr", "ssim", "perceptual", "open_loop_psnr", "dyn_kl", "rec", "switch_rate")
     good = dict(zip(names, torch.stack(rows).mean(0)))
     good["run_length"] = a.length / (1 + (a.length - 1) * good["switch_rate"])
     return {name: x.tolist() for name, x in good.items()}
@@ -1564,15 +1588,11 @@ def transfer(args, tasks, run):
                        "forgetting": None if variant == "scratch" else forgot.tolist(), "cluster": agent.wm.labels[new]}
 
     found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in FROZEN], work)
-    for f in found.values():
-        scratch = found[f"scratch_s{f['seed']}"]["loss"]
-        reached = [u for u, x in zip(f["updates"], f["loss"]) if x <= scratch[-1]]
-        f |= {"zero_shot": f["loss"][0], "final": f["loss"][-1], "auc_ratio": sum(f["loss"][1:]) / sum(scratch[1:]),
-              "until_scratch": reached[0] / budget if reached else None}
+    against_scratch(found, budget)
     rows = over_seeds(found, ("zero_shot", "final", "auc_ratio", "until_scratch", "psnr", "ssim", "open_loop_psnr",
                               "dyn_kl", "forgetting"))
     write_csv(run.dir / "results.csv", rows)
-    plot_transfer(found, tasks[new], run.dir / "transfer.png")
+    plot_transfer(found, f"updates on {tasks[new]}", run.dir / "transfer.png")
     show(f"{tasks[new]} after {', '.join(tasks[:new])}: {args.seeds} seeds, {total} updates before, {budget} on the "
          "new task; held-out random play. Until scratch: share of the updates until as good as scratch's end", rows,
          {"variant": "variant", "zero_shot": "first loss", "final": "last loss", "auc_ratio": "area / scratch",
@@ -1581,34 +1601,88 @@ def transfer(args, tasks, run):
     return {"args": asdict(args), "rows": rows, "cells": found}
 
 
+def against_scratch(found, budget):
+    """Add to every cell how its curve of losses compares with that of the cell `scratch` of its seed: first and last
+    loss, ratio of the areas, share of the budget until it is as good as scratch's end (None: never)."""
+    for f in found.values():
+        scratch = found[f"scratch_s{f['seed']}"]["loss"]
+        reached = [u for u, x in zip(f["updates"], f["loss"]) if x <= scratch[-1]]
+        f |= {"zero_shot": f["loss"][0], "final": f["loss"][-1], "auc_ratio": sum(f["loss"][1:]) / sum(scratch[1:]),
+              "until_scratch": reached[0] / budget if reached else None}
+
+
+def pretrain(args, tasks, run):
+    """--experiment pretrain: what is play without rewards worth once rewards come? A world model of all tasks first
+    learns images and dynamics only (`reward_free`), or rewards as well (`rewards`), or nothing (`scratch`); then all
+    three learn everything for half as many updates. One cluster, measured on held-out random play."""
+    total = total_updates(args)
+    budget, every = total // 2, list(range(len(tasks)))
+    args = replace(args, clusters=1, warmup=total, steps=args.random_steps)
+    played = functools.lru_cache(maxsize=1)(lambda seed: random_frames(replace(args, seed=seed), tasks, run))
+
+    def work(name):
+        variant, seed = name.rsplit("_s", 1)
+        frames, legal = played(int(seed))
+        a, test = replace(args, seed=int(seed), reward_free=variant == "reward_free"), first_test_row(frames)
+        agent = make_agent(a, tasks, legal, torch.device(a.device))
+        with training_part(frames):
+            learn(agent, frames, 0 if variant == "scratch" else total, run, f"{name}, before")
+        agent.args = replace(a, reward_free=False)
+        steps, losses, scores, start = np.linspace(0, budget, 11).round().astype(int).tolist(), [], [], agent.updates
+        for step in steps:
+            with training_part(frames):
+                learn(agent, frames, start + step, run, name)
+            losses.append(float(np.mean(held_out_loss(agent, frames, every, test))))
+            scores.append(float(np.mean(held_out_loss(agent, frames, every, test, only=("rew", "end")))))
+        return fidelity(agent, frames, test) | {"variant": variant, "seed": int(seed), "updates": steps, "loss": losses,
+                                                "scores": scores, "scores_first": scores[0], "scores_last": scores[-1]}
+
+    found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds)
+                        for v in ("scratch", "rewards", "reward_free")], work)
+    against_scratch(found, budget)
+    rows = over_seeds(found, ("zero_shot", "final", "auc_ratio", "until_scratch", "scores_first", "scores_last", "psnr",
+                              "ssim", "open_loop_psnr", "dyn_kl"))
+    write_csv(run.dir / "results.csv", rows)
+    plot_transfer(found, "updates with rewards", run.dir / "pretrain.png")
+    show(f"{', '.join(tasks)}: {args.seeds} seeds, {total} updates before, {budget} with rewards; held-out random "
+         "play. Until scratch: share of the updates until as good as scratch's end", rows,
+         {"variant": "variant", "zero_shot": "first loss", "final": "last loss", "auc_ratio": "area / scratch",
+          "auc_ratio_sd": "+-", "until_scratch": "until scratch", "scores_first": "first, rewards and ends",
+          "scores_last": "last", "open_loop_psnr": "open loop", "ssim": "SSIM", "dyn_kl": "KL"})
+    return {"args": asdict(args), "rows": rows, "cells": found}
+
+
 @torch.no_grad()
-def held_out_loss(agent, frames, task, since=0, batches=8):
-    """L_k of the tasks in the list, on the frames from row `since` on."""
+def held_out_loss(agent, frames, task, since=0, batches=8, only=None):
+    """L_k of the tasks in the list, or the sum of some of its terms, on the frames from row `since` on."""
     a, out = agent.args, []
     for i in range(batches):
         torch.manual_seed(draw_seed(a.seed, 9, i))
         batch = frames.sample(a.batch, a.length, np.random.default_rng([a.seed, 9, i]), agent.device, task, since)
         losses, _ = world_model_loss(agent.wm.eval(), *batch, agent.temperature(), 0.0, a.gate, a.reset_mask, task)
-        out.append(total_loss(losses, a.task_coef))
+        out.append(total_loss({k: x for k, x in losses.items() if k in (only or losses)}, a.task_coef))
     return torch.stack(out).mean(0).tolist()
 
 
-def plot_transfer(found, task, path):
-    """Held-out loss on the new task over updates, mean over seeds."""
+def plot_transfer(found, label, path):
+    """Held-out loss over updates, mean over seeds."""
     fig, axes = figure(6, 4)
-    for variant in FROZEN:
+    for variant in dict.fromkeys(f["variant"] for f in found.values()):
         mine = [f for f in found.values() if f["variant"] == variant]
         axes[0, 0].semilogy(mine[0]["updates"], np.mean([f["loss"] for f in mine], 0), label=variant, marker=".",
                             ls="--" if variant.startswith("freeze") else "-")
-    axes[0, 0].set(xlabel=f"updates on {task}", ylabel="held-out loss of the world model")
+    axes[0, 0].set(xlabel=label, ylabel="held-out loss of the world model")
     axes[0, 0].legend(fontsize=8)
     fig.savefig(path, dpi=120)
+
+
+SHARPNESS = {"psnr": "PSNR", "ssim": "SSIM", "perceptual": "distance"}
 
 
 def sharpness(args, tasks, run):
     """--experiment fidelity: does a sharper VAE give the actor a steadier gradient? One VAE for all tasks, its width
     and its latents vary, the dynamics do not; world model, actor and critic learn on random play. At five checkpoints,
-    per task: PSNR and SSIM of held-out reconstructions, and the gradient's noise in imagination."""
+    per task: how good held-out reconstructions are (SHARPNESS), and the gradient's noise in imagination."""
     played = functools.lru_cache(maxsize=1)(lambda seed: random_frames(replace(args, seed=seed), tasks, run))
     c, n = args.stem, args.latents
     variants = ({f"stem{i}": dict(stem=i) for i in (c // 2, c, 2 * c)}
@@ -1623,21 +1697,21 @@ def sharpness(args, tasks, run):
             with training_part(frames):
                 learn(agent, frames, total_updates(a) * i // 5, run, name, learn_to_act=True)
             points.append(fidelity(agent, frames, test) | {"noise": gradient_noise(agent, frames, test)})
-        return {"variant": variant, "points": points} | {x: points[-1][x] for x in ("psnr", "ssim", "noise")}
+        return {"variant": variant, "points": points} | {x: points[-1][x] for x in (*SHARPNESS, "noise")}
 
     found = cells(run, [f"{v}_s{args.seed + i}" for i in range(args.seeds) for v in variants], work)
-    rows = over_seeds(found, ("psnr", "ssim", "noise"))
+    rows = over_seeds(found, (*SHARPNESS, "noise"))
     rows.append(dict.fromkeys(rows[0]) | {"variant": "all together"})
     for row in rows:
         mine = [p for f in found.values() if row["variant"] in (f["variant"], "all together") for p in f["points"]]
-        for x in ("psnr", "ssim"):
+        for x in SHARPNESS:
             row[f"rho_{x}"] = rank_correlation([p[x] for p in mine], [p["noise"] for p in mine])
     write_csv(run.dir / "results.csv", rows)
     plot_sharpness(found, run.dir / "fidelity.png")
     show(f"fidelity, {args.seeds} seeds, {total_updates(args)} updates; noise of the actor's gradient and its rank "
-         "correlation with PSNR and SSIM over tasks, checkpoints and seeds", rows,
-         {"variant": "variant", "psnr": "PSNR", "ssim": "SSIM", "noise": "noise", "noise_sd": "+-",
-          "rho_psnr": "rho with PSNR", "rho_ssim": "rho with SSIM"})
+         "correlation with PSNR, SSIM and perceptual distance over tasks, checkpoints and seeds", rows,
+         {"variant": "variant", **SHARPNESS, "noise": "noise", "noise_sd": "+-",
+          **{f"rho_{x}": f"rho with {name}" for x, name in SHARPNESS.items()}})
     return {"args": asdict(args), "rows": rows, "cells": found}
 
 
@@ -1647,12 +1721,12 @@ def rank_correlation(x, y):
     return None if 0 in (np.ptp(x), np.ptp(y)) else float(spearmanr(np.ravel(x), np.ravel(y)).statistic)
 
 
-def gradient_noise(agent, frames, since, parts=8):
+def gradient_noise(agent, frames, since, parts=8, rollouts=1024):
     """tr Cov / |mean|^2 of the actor's gradient for each task, over the parts of one batch of imagined roll-outs. It is
-    near `parts` where there is only noise: the mean of n parts has 1/n of their variance."""
+    near `parts` where there is only noise: the mean of n parts has 1/n of their variance. So the batch is large."""
     a, wm, out = agent.args, agent.wm.eval(), []
     torch.manual_seed(draw_seed(a.seed, 10))
-    obs, acts, _, _, first = frames.sample(a.rollouts, a.context, np.random.default_rng([a.seed, 10]), agent.device,
+    obs, acts, _, _, first = frames.sample(rollouts, a.context, np.random.default_rng([a.seed, 10]), agent.device,
                                            since=since)
     with torch.no_grad():
         z = sample_latent(wm.posterior(to_images(obs), wm.embedding()))
@@ -1873,12 +1947,12 @@ def fill(args, tasks):
         raise SystemExit(f"--context {args.context} + --horizon {args.horizon} steps are more than --length "
                          f"{args.length}: imagination would reach positions that the world model never learned; type "
                          f"--length {args.context + args.horizon} or more")
-    if args.experiment == "fidelity" and args.rollouts < 8:
-        raise SystemExit(f"--experiment fidelity compares the gradients of 8 parts of --rollouts {args.rollouts}: type "
-                         "--rollouts 8 or more")
     if args.experiment == "transfer" and K == 1:
         raise SystemExit("--experiment transfer learns the last task after the others: give --task two or more, the "
                          "new one last")
+    if args.reward_free and (not args.warmup or args.checkpoint):
+        raise SystemExit("--reward-free changes the warm-up, and there is none: leave --checkpoint out and type "
+                         "--warmup 1000, or how many updates it shall have")
     if args.width % args.heads:
         raise SystemExit(f"--width {args.width} is no multiple of --heads {args.heads}: choose --heads that divides it")
     return args
@@ -2143,7 +2217,7 @@ def main(args: Args):
     if args.track and run:
         import wandb
         wandb.init(project="mow", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
-    study = {None: play_and_learn, "cost": cost, "transfer": transfer,
+    study = {None: play_and_learn, "cost": cost, "transfer": transfer, "pretrain": pretrain,
              "fidelity": sharpness}.get(args.experiment, compare)
     result = (cluster_only if args.cluster_only else study)(args, tasks, run)
     if world > 1:
