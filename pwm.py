@@ -1311,7 +1311,10 @@ class Trainer:
                     windows=self.windows and self.windows.state())
 
     def load_state(self, state):
-        if missing := [name for name in (*self.nets, "windows") if name not in state]:
+        missing = [name for name in (*self.nets, "windows") if name not in state]
+        missing += [f"{name}.{k}" for name, net in self.nets.items() if not missing for k in net.state_dict()
+                    if k not in state[name]]
+        if missing:
             raise SystemExit(f"the checkpoint has no {missing[0]!r}, so an older version of this script wrote it: go "
                              "on with the copy of the code in the run's folder")
         for name, net in self.nets.items():
@@ -1325,7 +1328,7 @@ class Trainer:
             self.windows.load(state["windows"])
 
     def load_policies(self, path):
-        """Actors, critics and statistics of `tasks` from a run's checkpoint, whatever its order of tasks."""
+        """The actors of `tasks` from a run's checkpoint, whatever its order of tasks."""
         file = torch.load(path, map_location=self.device, weights_only=True)
         known = file.get("policy_tasks", [])
         missing = [t for t in self.tasks if t not in known]
@@ -1333,9 +1336,7 @@ class Trainer:
             raise SystemExit(f"{path} has no policy for {missing[0]}: --eval-only needs runs/<name>/checkpoint.pt of a "
                              f"run with that task; this file has policies for {', '.join(known) or 'no task'}")
         pick = torch.tensor([known.index(t) for t in self.tasks])
-        for name, n in (("actors", 1), ("critics", self.nets["critics"].E), ("stats", 1)):
-            picked = {k: v.unflatten(0, (-1, n))[pick].flatten(0, 1) for k, v in file[name].items()}
-            self.nets[name].load_state_dict(picked)
+        self.nets["actors"].load_state_dict({k: v[pick] for k, v in file["actors"].items()})
         if "best" in self.nets and "best" in file:
             self.nets["best"].load_state_dict(file["best"])
             self.where["best"] = file["where"]["best"]

@@ -5475,6 +5475,10 @@ def test_windows_of_shac_go_on_where_the_last_ones_ended():
     assert torch.equal(one.windows.starts(3, gen(6)), other.windows.starts(3, gen(6)))
     with says("no 'windows'", "older version", "copy of the code"):
         other.load_state({k: v for k, v in one.state().items() if k != "windows"})
+    old = one.state()
+    del old["critics"]["offset"]
+    with says("no 'critics.offset'", "older version"):
+        other.load_state(old)
 
 
 def test_first_order_gradients_through_the_true_plant_improve_a_policy():
@@ -5566,6 +5570,13 @@ def test_offset_of_the_critics_follows_the_targets():
     for _ in range(100):
         critics.follow(target)
     assert torch.allclose(critics(z) - plain, torch.tensor([251.0, -11.0])[:, None, None].expand(2, 3, 5), atol=0.01)
+    for episodic in (True, False):  # tasks with episodes that end use it, the others do not
+        nets = episodic_world()
+        nets["wm"].requires_grad_(False).episodic = episodic
+        opts = pwm.make_optimizers(nets)
+        pwm.update_policies((pwm.actor_loss, pwm.critic_loss), nets, opts, torch.rand(1, 4, 3), torch.randn(2, 1, 4, 2),
+                            torch.arange(8)[None], torch.zeros(4, dtype=torch.long), pwm.Args())
+        assert bool(nets["critics"].offset.any()) == episodic
 
 
 def episodic_world(seed=0):
