@@ -312,7 +312,7 @@ class _MetaWorld(_Env):
         env._partially_observable = False
         env.__dict__.pop("sawyer_observation_space", None)
         env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
-        if obs == "pixels":                       # shadow maps of 4096 x 4096 took half of the time on a CPU
+        if obs == "pixels":                       # shadow maps of 4096 x 4096: half of the time
             env.model.vis.quality.shadowsize = 1024
         self._env = env
         self._setup(task, seed, obs, size, Facts(39, 4, length, repeat))

@@ -39,7 +39,8 @@ Deviations and choices:
 12. GroupNorm instead of BatchNorm for more than one task: batch statistics would mix the tasks of a cluster.
 13. On a CPU sizes, batches and budgets are smaller and learning rates higher (--preset smoke, printed at the start).
 14. The acting agent remembers min(16, context + horizon / 2) steps, the middle of what imagination visits; STORM 16.
-15. Experts per token (--routing token, --segment, --switch-coef, --prior-coef) are an experiment of ours.
+15. Experts per token (--routing token, --segment, --switch-coef, --prior-coef) and a warm-up without rewards
+    (--reward-free) are experiments of ours.
 """
 import contextlib
 import copy

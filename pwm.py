@@ -31,8 +31,9 @@ Deviations from the paper (the released code's own are not repeated):
     release (`Windows`; their steps are not stored), and for gymnasium ids from every stored state.
 10. On a CPU these tasks imagine 6 steps instead of 16, train on 6-step sequences, learn policies at 1e-3 instead of
     5e-4, and in a hundred short rounds: with 16 steps and either rate hoppers fell. Changed together, not one by one.
-11. There too, critics predict the distance from a running mean of their targets. Without centred rewards (9) values lie
-    near 250 and differ by 2: networks that had to follow the 250 lagged behind, and their slopes misled the actor.
+11. There too, critics predict the distance from a running mean of their targets. Without centred rewards (9) those of
+    an ant lie near 250 and differ by 2: networks that had to follow the 250 lagged behind, and their slopes misled the
+    actor.
 """
 import contextlib
 import copy
@@ -648,6 +649,7 @@ def clip_per_task(params, max_norm, n):
     for g in grads:
         g.mul_(scale)
     return norm
+
 
 def update_world_model(model_fn, wm, opt, batch, rho, heads=None, prior_opt=None, discount=None, generator=None):
     """One Adam step on Eq. (10), gradient norm clipped at 20. With `heads` also TD-MPC2's Q (same step) and prior.
