@@ -24,16 +24,19 @@ Deviations from the paper (the released code's own are not repeated):
  5. Actions are masked to the task's own dimensions in imagination too; the release lets policies use untrained inputs.
  6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)); start states come from every episode.
  7. Own data: half of the roll-outs with current policies are disturbed by short random actions (see `collect`).
- 8. Single tasks that end (--episodic): a head learns which steps end an episode, and imagined returns are weighted by
-    the probability that it goes on. The release has no such head: it steps the real environment along for its flags.
+ 8. Single tasks that end (--episodic): for a body of LOCOMOTION the flags come, as in the release, from bodies that do
+    in the environment what imagination does (`Windows`; their steps are not stored). A gymnasium id cannot go on from
+    any state: there a head, which the release has not, learns which steps end an episode, and imagined returns are
+    weighted by the probability that it goes on.
  9. There, rewards are divided by their deviation and not centred, which would make an end as good as going on; and own
-    data of mixed quality take the place of SHAC's. Imagination starts where bodies are that go on alongside, as in the
-    release (`Windows`; their steps are not stored), and for gymnasium ids from every stored state.
-10. On a CPU these tasks imagine 6 steps instead of 16, train on 6-step sequences, learn policies at 1e-3 instead of
-    5e-4, and in a hundred short rounds: with 16 steps and either rate hoppers fell. Changed together, not one by one.
+    data of mixed quality take the place of SHAC's. Imagination of a gymnasium id starts in every stored state.
+10. On a CPU these tasks imagine 6 steps instead of 16, train on 6-step sequences, learn in a hundred short rounds, and
+    critics at 1e-3 and actors at 3e-4 instead of 5e-4: with 16 steps hoppers fell. Changed together, not one by one.
 11. There too, critics predict the distance from a running mean of their targets. Without centred rewards (9) those of
     an ant lie near 250 and differ by 2: networks that had to follow the 250 lagged behind, and their slopes misled the
     actor.
+12. And observations are centred and scaled by the first round's, so that a model sees centimetres of height beside
+    metres per second; and actors begin with actions near 0, from which an ANYmal stands and does not fall.
 """
 import contextlib
 import copy
@@ -150,7 +153,9 @@ class Args:
     rho: float = 0.99
     """weight of step t in the world-model loss is rho^t (Eq. 10 calls it gamma)"""
     policy_lr: float | None = None
-    """actor and critic learning rate, falling linearly to 1e-5 (Table 1: 5e-4): deviation 10"""
+    """actor learning rate, falling linearly to 1e-5 (Table 1: 5e-4): deviation 10"""
+    critic_lr: float | None = None
+    """critic learning rate, falling as the actor's (Table 1: 5e-4; left out: as --policy-lr): deviation 10"""
     beta1: float = 0.7
     """first Adam coefficient of actor and critic (released code; the second is 0.95)"""
     symexp: bool = False
@@ -319,7 +324,8 @@ class WorldModel(nn.Module):
 
     obs (.., B, O), act (.., B, A), task (B,) ints, z (.., B, L). Observations and actions are zero-padded to the widest
     task; `act_dims[task]` entries of an action are real and the rest is masked.
-    `episodic` is the single-task variant: a scalar head for rewards divided by `rew_std`, and a head for ends.
+    `episodic` is the single-task variant: a scalar head for rewards divided by `rew_std`, a head for ends, and
+    observations that are centred and scaled by `obs_mean` and `obs_std` (deviation 12).
     """
 
     def __init__(self, obs_dim, act_dims, enc_layers, enc_hidden, hidden, latent, task_dim, episodic=False,
@@ -343,6 +349,8 @@ class WorldModel(nn.Module):
         if episodic:
             self.end_head = nn.Sequential(block(latent + task_dim, hidden), nn.Linear(hidden, 1))
             self.register_buffer("rew_std", torch.ones(()))  # of all rewards collected so far
+            self.register_buffer("obs_mean", torch.zeros(obs_dim))  # of the first round
+            self.register_buffer("obs_std", torch.ones(obs_dim))
         if task_dim:
             self.task_emb = nn.Embedding(len(act_dims), task_dim)
             nn.init.uniform_(self.task_emb.weight, -0.02, 0.02)
@@ -355,6 +363,8 @@ class WorldModel(nn.Module):
         return torch.cat([x, self.task_emb(task).expand(*x.shape[:-1], -1)], -1)
 
     def encode(self, obs, task):
+        if self.episodic:
+            obs = (obs - self.obs_mean) / self.obs_std
         return self.encoder(self.with_task(obs, task))  # (.., B, L)
 
     def next(self, z, act, task):
@@ -587,13 +597,16 @@ def imagine(wm, actors, obs, eps, task, pseudo=True):
     return z.view(len(z), N, B, -1), rew.view(-1, N, B), alive
 
 
-def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam, pseudo=True, td=False):
+def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam, pseudo=True, td=False, alive=None):
     """Eq. (6) with returns divided by their running deviation; and the critic's data (z, lambda-returns).
 
     td: the mean TD(lambda) return of the imagined steps in the place of Eq. (6) (App. F.3), through model and critic.
-    Returns (sum of the tasks' losses, J (N,), z (N, H B, L), targets (N, H B)).
+    alive: (H, N, B), 0 from the step on that ended a body that did the same in the environment (`Windows`); without it
+    the probabilities that the model tells.
+    Returns (sum of the tasks' losses, J (N,), z (N, H B, L), targets (N, H B), weights (N, H B) or None).
     """
-    z, rew, alive = imagine(wm, actors, obs, eps, task, pseudo)
+    z, rew, foreseen = imagine(wm, actors, obs, eps, task, pseudo)
+    alive = foreseen if alive is None else alive
     H, N, B = rew.shape
     discount = (gamma ** torch.arange(H + 1, device=z.device))[:, None, None]
     reached = torch.ones_like(discount)
@@ -614,12 +627,16 @@ def actor_loss(wm, actors, critics, stats, obs, eps, task, gamma, lam, pseudo=Tr
         value = torch.cat([value_H[None], value, value_H[None]])  # (H+1, N, B); entry 0 is not read
         target = lambda_return(rew, value, gamma, lam, alive)  # (H, N, B)
     loss = (-J.mean(1) / (stats.var + 1e-5).sqrt()).sum()
-    return loss, J.detach().mean(1), z[:-1].detach().transpose(0, 1).flatten(1, 2), target.transpose(0, 1).flatten(1)
+    flat = z[:-1].detach().transpose(0, 1).flatten(1, 2)
+    weight = None if alive is None else reached[:-1].detach().transpose(0, 1).flatten(1)
+    return loss, J.detach().mean(1), flat, target.transpose(0, 1).flatten(1), weight
 
 
-def critic_loss(critics, z, target):
-    """Eq. (9): z (N, M, L), target (N, M) -> sum over tasks of the mean over critics and batch."""
-    return (critics(z) - target[:, None]).square().mean((1, 2)).sum()
+def critic_loss(critics, z, target, weight=None):
+    """Eq. (9): z (N, M, L), target (N, M) -> sum over tasks of the mean over critics and batch; the steps count by
+    weight (N, M), the probability that the episode has come so far."""
+    error = (critics(z) - target[:, None]).square()
+    return (error if weight is None else error * weight[:, None]).mean((1, 2)).sum()
 
 
 class RunningStats(nn.Module):
@@ -682,16 +699,17 @@ def update_world_model(model_fn, wm, opt, batch, rho, heads=None, prior_opt=None
     return dict(metrics, loss=loss.detach(), grad_norm=norm)
 
 
-def update_policies(fns, nets, opts, obs, noise, perm, task, hp):
+def update_policies(fns, nets, opts, obs, noise, perm, task, hp, alive=None):
     """One iteration of Alg. 1 for all tasks: one actor step, then passes x minibatches critic steps (App. C.2).
 
-    obs (N, B, O) start states, noise (H, N, B, A), perm (passes, H B) shuffles, task (N B,) world-model task rows.
+    obs (N, B, O) start states, noise (H, N, B, A), perm (passes, H B) shuffles, task (N B,) world-model task rows;
+    alive (H, N, B): see actor_loss.
     """
     wm, actors, critics, stats = (nets[k] for k in ("wm", "actors", "critics", "stats"))
     actor_fn, critic_fn = fns
     n = len(actors.log_std)
-    loss, J, z, target = actor_fn(wm, actors, critics, stats, obs, noise, task, hp.gamma, hp.lam, not hp.symexp,
-                                  hp.td_actor)
+    loss, J, z, target, weight = actor_fn(wm, actors, critics, stats, obs, noise, task, hp.gamma, hp.lam,
+                                          not hp.symexp, hp.td_actor, alive)
     opts["actors"].zero_grad(set_to_none=True)
     loss.backward()
     actor_norm = clip_per_task(list(actors.parameters()), 1.0, n)
@@ -702,7 +720,7 @@ def update_policies(fns, nets, opts, obs, noise, perm, task, hp):
     for rows in perm:
         for m in rows.chunk(hp.critic_batches):
             opts["critics"].zero_grad(set_to_none=True)  # also clears what the actor loss left in the critics
-            critic = critic_fn(critics, z[:, m], target[:, m])
+            critic = critic_fn(critics, z[:, m], target[:, m], None if weight is None else weight[:, m])
             critic.backward()
             critic_norm = clip_per_task(list(critics.parameters()), 100.0, n)
             opts["critics"].step()
@@ -884,7 +902,8 @@ def load_world_model(path, device="cpu"):
                          f"expected {BINS} and {max(dims)}: not a world model of this family")
     wm = WorldModel(enc[0]["weight"].shape[1] - e, dims, len(enc), enc[0]["weight"].shape[0],
                     dyn[0]["weight"].shape[0], latent, e, bool(end), file.get("args", {}).get("activation", "simnorm"))
-    state = {k: weights[k] for k in ("task_emb.weight", "rew_std") if k in weights}
+    scale = {k: v for k, v in wm.state_dict().items() if k in ("obs_mean", "obs_std")}  # older files have none: 0 and 1
+    state = scale | {k: weights[k] for k in ("task_emb.weight", "rew_std", *scale) if k in weights}
     for name, layers in (("encoder", enc), ("dynamics", dyn), ("reward_head", rew), ("end_head", end)):
         state |= {f"{name}.{i}.{field}": x for i, layer in enumerate(layers) for field, x in layer.items()}
     try:
@@ -1001,8 +1020,8 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
                           wm_horizon=4, wm_lr=1e-3, policy_steps=2_400, policy_batch=16, critic_passes=1),
     ("cpu", "episodic"): dict(model_size=1, rounds=100, seed_episodes=12, round_episodes=6, wm_steps=12_000,
                               wm_batch=128, wm_horizon=6, wm_lr=1e-3, policy_steps=3_600, policy_batch=64,
-                              critic_passes=8, horizon=6, policy_lr=1e-3, first_model=0.2, last_model=0.05,
-                              first_policy=0.01, last_policy=0.05),
+                              critic_passes=8, horizon=6, policy_lr=3e-4, critic_lr=1e-3, first_model=0.2,
+                              last_model=0.05, first_policy=0.01, last_policy=0.05),
     ("cpu", "plant"): dict(rounds=10, seed_episodes=4, round_episodes=4, policy_steps=200, policy_batch=64,
                            critic_passes=8, policy_lr=2e-3),
     ("cuda", "one"): dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10, wm_steps=40_000, wm_batch=256,
@@ -1087,7 +1106,8 @@ def fill_budget(args, device, n_tasks, world):
     if args.checkpoint:
         del budget["model_size"]  # the file says
     budget = DEFAULTS | budget
-    return replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
+    args = replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
+    return args if args.critic_lr else replace(args, critic_lr=args.policy_lr)
 
 
 def open_data(args, tasks, run_dir, rank, wait):
@@ -1202,24 +1222,34 @@ class Progress:
 
 
 class Windows:
-    """Start states on the policy's own path: B bodies go on side by side, with the policy and its noise, for H steps
-    before every update; the imagined windows start where they are. They end and begin anew as the task says."""
+    """Bodies beside the imagination, as in the released code: B of them go on for H steps with the actions of the next
+    imagined windows, which start where they are, and tell which windows ended. A body that has ended, or done all its
+    steps, begins anew; a window in which the latter happens goes on in imagination."""
 
     def __init__(self, trainer):
         a = trainer.args
         self.trainer, self.herd, self.steps = trainer, Herd(trainer.tasks[0], a.policy_batch, a.seed, a.workers), 0
         self.obs = self.herd.reset()  # (B, O)
 
-    def starts(self, B, generator):
-        """H steps on -> observations (1, B, O). With a true plant, what was seen updates the scale of observations."""
-        wm, device, H, seen = self.trainer.wm, self.trainer.device, self.trainer.args.horizon, []
-        for eps in torch.randn(H, B, wm.act_mask.shape[1], generator=generator, device=device):
-            self.obs, *_ = self.herd.step(self.trainer.policy(self.obs, np.zeros(B, int), eps))
+    @torch.no_grad()
+    def roll(self, noise):
+        """noise (H, 1, B, A) of the imagined steps -> start observations (1, B, O), alive (H, 1, B): 0 from the step on
+        that ended. With a true plant, which foresees ends: where the bodies are H steps later, and None; what they saw
+        on the way updates the scale of observations."""
+        wm, task, device = self.trainer.wm, self.trainer.rows[0], self.trainer.device
+        start, true, seen = torch.as_tensor(self.obs, device=device), isinstance(wm, TruePlant), []
+        alive, z = torch.ones(len(noise), 1, len(start)), wm.encode(start, task)
+        for h, eps in enumerate(noise):
+            act = self.trainer.nets["actors"](z[None], eps)[0]
+            self.obs, _, terminated, *_ = self.herd.step(act.cpu().numpy())
             seen.append(torch.as_tensor(self.obs, device=device))
-        if isinstance(wm, TruePlant):
+            alive[h:, 0, terminated] = 0
+            z = wm.encode(seen[-1], task) if true else wm.next(z, act, task)
+        self.steps += alive.numel()
+        if true:
             wm.scale.update(torch.cat(seen).T)
-        self.steps += H * B
-        return seen[-1][None]
+            return seen[-1][None], None
+        return start[None], alive.to(device)
 
     def state(self):
         return {k: torch.from_numpy(v) for k, v in self.herd.state().items()} | {"steps": torch.tensor(self.steps)}
@@ -1256,7 +1286,10 @@ class Trainer:
         if args.planner_episodes or args.prior:
             self.nets["tdmpc2"] = (load_tdmpc2(wm, args.checkpoint) if args.checkpoint
                                    else TDMPC2(wm, SIZES[args.model_size][2], SIZES[args.model_size][4]))
-        if args.episodic:  # such policies come and go: what acted in the round with the best roll-outs is kept
+        if args.episodic:
+            with torch.no_grad():  # begin by doing next to nothing: random torques throw a body that could stand
+                policies[0].mu.weight[-1].mul_(0.01)
+            # Such policies come and go: what acted in the round with the best roll-outs is kept.
             self.nets["best"] = copy.deepcopy(nn.ModuleDict(dict(wm=wm, actors=policies[0])))
         self.nets.to(device)
         self.wm, self.rows = wm, self.rows.to(device)
@@ -1288,13 +1321,14 @@ class Trainer:
         """One update of all policies; `progress` in [0, 1) over the whole run sets the learning rate (D11)."""
         args, rng = self.args, self.rng["policy"]
         for name in ("actors", "critics"):
-            self.opts[name].param_groups[0]["lr"] = args.policy_lr + (1e-5 - args.policy_lr) * progress
-        obs = sampler.starts(args.policy_batch, rng)  # (N, B, O)
-        N, B = obs.shape[:2]
+            lr = args.critic_lr if name == "critics" else args.policy_lr
+            self.opts[name].param_groups[0]["lr"] = lr + (1e-5 - lr) * progress
+        N, B = len(self.tasks), args.policy_batch
         noise = torch.randn(args.horizon, N, B, self.wm.act_mask.shape[1], generator=rng, device=self.device)
+        obs, alive = self.windows.roll(noise) if self.windows else (sampler.starts(B, rng), None)
         perm = torch.rand(args.critic_passes, args.horizon * B, generator=rng, device=self.device).argsort(1)
         task = self.rows.repeat_interleave(B)
-        return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, task, args)
+        return update_policies(self.policy_fns, self.nets, self.opts, obs, noise, perm, task, args, alive)
 
     def policy(self, obs, task, eps=None, best=False):
         """What roll-outs call: numpy obs (n, o), task (n,), noise (n, A) or None for the mean -> actions (n, A)."""
@@ -1340,7 +1374,7 @@ class Trainer:
         pick = torch.tensor([known.index(t) for t in self.tasks])
         self.nets["actors"].load_state_dict({k: v[pick] for k, v in file["actors"].items()})
         if "best" in self.nets and "best" in file:
-            self.nets["best"].load_state_dict(file["best"])
+            self.nets["best"].load_state_dict(self.nets["best"].state_dict() | file["best"])
             self.where["best"] = file["where"]["best"]
 
     def trial(self):
@@ -1349,7 +1383,7 @@ class Trainer:
         nets = copy.deepcopy(nn.ModuleDict({k: v for k, v in self.nets.items() if k != "tdmpc2"}))
         twin.nets, twin.wm, twin.opts, twin.heads = nets, nets["wm"], make_optimizers(nets), None
         twin.rng = {k: torch.Generator(self.device) for k in self.rng}
-        twin.model_fn, twin.policy_fns = twin.wm, (actor_loss, critic_loss)
+        twin.model_fn, twin.policy_fns, twin.windows = twin.wm, (actor_loss, critic_loss), None
         a, (N, A) = self.args, self.nets["actors"].act_mask.shape[::2]
         fake = lambda *shape: torch.rand(*shape, device=self.device)  # noqa: E731
         sequences = (fake(a.wm_horizon + 1, a.wm_batch, self.wm.obs_dim), fake(a.wm_horizon, a.wm_batch, A),
@@ -2296,14 +2330,17 @@ def main(args: Args, root="runs"):
                                                trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
                     if args.episodic and not args.checkpoint and not (args.true_plant and r):  # no model to rescale
                         trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
+                        if not (r or args.true_plant):
+                            mean, deviation = observation_scale(episodes, tasks[0])
+                            trainer.wm.obs_mean.copy_(mean)
+                            trainer.wm.obs_std.copy_(deviation)
                 trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
                 first, began = where["step"], time.time()
                 for step in range(first, n):
                     if kind == "model":
                         metrics = trainer.update_model(sampler, step / n, rank, world)
                     else:
-                        metrics = trainer.update_policies(trainer.windows or sampler,
-                                                          where["policy_updates"] / total["policy"])
+                        metrics = trainer.update_policies(sampler, where["policy_updates"] / total["policy"])
                         where["policy_updates"] += 1
                     if (step + 1) % 50 == 0 or step + 1 == n:
                         numbers = read_metrics(metrics, kind, world)
@@ -2368,6 +2405,14 @@ def reward_deviation(episodes, task):
     arrays = episodes.arrays(task)
     real = np.arange(arrays["rew"].shape[1]) < np.asarray(arrays["length"])[:, None]
     return max(float(np.asarray(arrays["rew"])[real].std(dtype=np.float64)), 1e-3)
+
+
+def observation_scale(episodes, task, most=500):
+    """Mean and standard deviation (O,) of a task's observations, from `most` episodes at equal distances."""
+    arrays = episodes.arrays(task)
+    pick = np.unique(np.linspace(0, len(arrays["length"]) - 1, most).astype(int))
+    seen = np.concatenate([arrays["obs"][i, :arrays["length"][i]] for i in pick])
+    return torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0)).clamp(min=1e-3)
 
 
 def roll_out(trainer, workers, episodes, n, r, episode, progress, log):

@@ -1533,7 +1533,8 @@ def test_the_td_objective_is_the_mean_lambda_return():
     for h in reversed(range(5)):
         G = rew[h] + 0.99 * (0.05 * critics(z[h + 1]).amin(1) + 0.95 * G)
         want = want + G / 5
-    loss, J, _, target = pwm.actor_loss(*nets.values(), obs, noise, task, 0.99, 0.95, td=True)
+    loss, J, _, target, weight = pwm.actor_loss(*nets.values(), obs, noise, task, 0.99, 0.95, td=True)
+    assert weight is None  # no episode ends: every step counts
     assert torch.allclose(J, want.mean(1), atol=1e-5)
     assert torch.allclose(target.view(3, 5, 6)[:, 0], G, atol=1e-5)
     nets["stats"] = pwm.RunningStats(3)
@@ -5062,7 +5063,7 @@ def test_savi_help_shows_every_flag():
 
 
 # ---------------------------------------------------------------------------------------------- bodies and toys of PWM
-BODY_FACTS = {"hopper": (11, 3, 6, 6, 15.8, 1.25), "ant": (37, 8, 15, 14, 0.9, 0.75),
+BODY_FACTS = {"hopper": (11, 3, 6, 6, 15.8, 1.25), "ant": (37, 8, 15, 14, 18.2, 0.75),
               "anymal": (49, 12, 19, 18, 53.1, 0.55), "humanoid": (76, 21, 28, 27, 40.8, 1.35),
               "muscle-humanoid": (53, 152, 29, 24, 37.0, 1.0)}
 
@@ -5070,7 +5071,8 @@ BODY_FACTS = {"hopper": (11, 3, 6, 6, 15.8, 1.25), "ant": (37, 8, 15, 14, 0.9, 0
 @pytest.mark.parametrize("task", BODY_FACTS)
 def test_bodies_have_the_papers_sizes_and_start_as_it_says(task):
     body, (O, A, nq, nv, mass, height) = envs._Body(task), BODY_FACTS[task]
-    m = body.model
+    m, damping = body.model, {"hopper": 1, "ant": 11, "anymal": 12}.get(task, 10)
+    assert (m.dof_damping[6:] == damping if task in ("ant", "anymal") else m.dof_damping[6:] >= damping).all()
     assert tuple(envs.task_facts(task)) == (O, A, 1000, 1) and (m.nq, m.nv, m.nu) == (nq, nv, A)
     assert sum(m.body_mass) == pytest.approx(mass, abs=0.06) and body._rest[1 if task == "hopper" else 2] == height
     assert m.opt.timestep == 1 / 240 and ((m.geom_contype > 0) == (m.geom_type == 0)).all()  # only the floor is touched
@@ -5455,13 +5457,13 @@ def shac(**flags):
 
 def test_windows_of_shac_go_on_where_the_last_ones_ended():
     one, seen, herd = shac(), [], envs.Herd("planar-hopper", 3, seed=1)
-    obs = herd.reset()
+    obs, noise = herd.reset(), torch.randn(4, 1, 3, 3, generator=gen(5))
     for _ in range(2):
-        for eps in torch.randn(4, 3, 3, generator=gen(5)):
+        for eps in noise:
             obs = herd.step(one.nets["actors"](one.wm.encode(torch.from_numpy(obs), None)[None], eps)[0].detach())[0]
             seen.append(obs)
-        start = one.windows.starts(3, gen(5))
-        assert np.allclose(start[0], obs, atol=1e-5) and start.shape == (1, 3, 11)
+        start, alive = one.windows.roll(noise)
+        assert np.allclose(start[0], obs, atol=1e-5) and start.shape == (1, 3, 11) and alive is None
         scale = one.wm.scale  # of all that was seen, and used from now on
         assert np.allclose(scale.mean, np.concatenate(seen).mean(0), atol=1e-4)
         assert np.allclose(scale.var.sqrt(), np.concatenate(seen).std(0), atol=1e-3)
@@ -5472,13 +5474,66 @@ def test_windows_of_shac_go_on_where_the_last_ones_ended():
     torch.save(one.state(), state)
     state.seek(0)
     other.load_state(torch.load(state, weights_only=True))
-    assert torch.equal(one.windows.starts(3, gen(6)), other.windows.starts(3, gen(6)))
+    assert torch.equal(one.windows.roll(noise)[0], other.windows.roll(noise)[0])
     with says("no 'windows'", "older version", "copy of the code"):
         other.load_state({k: v for k, v in one.state().items() if k != "windows"})
     old = one.state()
     del old["critics"]["offset"]
     with says("no 'critics.offset'", "older version"):
         other.load_state(old)
+
+
+def test_bodies_do_what_imagination_does_and_tell_which_windows_ended():
+    args = pwm.Args(task="hopper", policy_batch=16, horizon=6, device="cpu", compile=False, workers=1, episodic=True)
+    trainer = pwm.Trainer(pwm.fill_budget(args, torch.device("cpu"), 1, 1), ["hopper"], torch.device("cpu"))
+    wm, actors, herd, ended = trainer.wm, trainer.nets["actors"], envs.Herd("hopper", 16, seed=1), 0
+    obs, task = herd.reset(), torch.zeros(16, dtype=torch.long)
+    for k in range(12):
+        noise = torch.randn(6, 1, 16, 3, generator=gen(k))
+        start, alive = trainer.windows.roll(noise)
+        assert torch.equal(start[0], torch.from_numpy(obs))
+        z, _, _ = pwm.imagine(wm, actors, start, noise, task)
+        done = np.zeros(16, bool)
+        for h in range(6):  # the actions of the imagined states, not of the observed ones
+            obs, _, terminated, _, _ = herd.step(actors(z[h], noise[h])[0].detach())
+            done |= terminated
+            assert (alive[h, 0].numpy() == ~done).all()
+        ended += int(done.sum())
+    assert ended > 8  # a policy that has learnt nothing falls
+
+
+def test_a_window_that_ended_has_no_value_beyond():
+    nets = episodic_world()
+    obs, eps, task = torch.randn(1, 6, 3), torch.randn(5, 1, 6, 2), torch.zeros(6, dtype=torch.long)
+    alive = torch.ones(5, 1, 6)
+    alive[2:, 0, 4] = 0
+    z, rew, _ = pwm.imagine(nets["wm"], nets["actors"], obs, eps, task)
+    _, J, _, target, weight = pwm.actor_loss(*(nets[k] for k in ("wm", "actors", "critics", "stats")), obs, eps, task,
+                                             0.9, 0.8, alive=alive)
+    value = nets["critics"](z[-1]).amin(1)[0]
+    returns = sum(0.9**h * rew[h, 0] for h in range(5)) + 0.9**5 * value
+    returns[4] = sum(0.9**h * rew[h, 0, 4] for h in range(3))
+    assert torch.allclose(J, returns.mean(), atol=1e-5)
+    target, weight = target.view(5, 6), weight.view(5, 6)
+    assert torch.allclose(target[2, 4], rew[2, 0, 4]) and weight[:, 4].tolist() == [1, 1, 1, 0, 0]
+    assert (weight[:, :4] == 1).all()
+
+
+def test_observations_are_scaled_by_those_of_the_first_round(tmp_path):
+    eps, parts = Episodes.create(tmp_path, {"a-b": (3, 2, 12)}), []
+    for n, t in enumerate((12, 2, 5)):
+        o, a, r, flags = episode("a-b", n, t, {"a-b": (3, 2, 12)})
+        eps.append("a-b", o, a, r, flags)
+        parts.append(o[:-1])
+    mean, std = pwm.observation_scale(eps, "a-b")
+    seen = np.concatenate(parts)
+    assert np.allclose(mean, seen.mean(0), rtol=1e-4) and np.allclose(std, seen.std(0).clip(1e-3), rtol=1e-3)
+    wm = episodic_world()["wm"]
+    x, task = torch.randn(5, 3), torch.zeros(5, dtype=torch.long)
+    plain = wm.encode(x, task)
+    wm.obs_mean.fill_(2.0)
+    wm.obs_std.fill_(0.5)
+    assert torch.allclose(wm.encode(x * 0.5 + 2, task), plain, atol=1e-5)
 
 
 def test_first_order_gradients_through_the_true_plant_improve_a_policy():
@@ -5625,8 +5680,12 @@ def test_imagined_returns_are_weighted_by_the_chance_to_go_on():
     for h in range(H):
         J, so_far = J + g**h * so_far * rew[h], so_far * alive[h]
     J = J + g**H * so_far * v[H]
-    _, got, _, target = pwm.actor_loss(wm, actors, critics, stats, obs, eps, task, g, lam)
+    _, got, flat, target, weight = pwm.actor_loss(wm, actors, critics, stats, obs, eps, task, g, lam)
     assert torch.allclose(got, J.mean(1), atol=1e-5)
+    reached = torch.cat([torch.ones(1, N, B), alive.cumprod(0)[:-1]])
+    assert torch.allclose(weight.view(N, H, B).transpose(0, 1), reached)
+    error = [(critics(flat[:, i:i + 1])[0, :, 0] - target[0, i]).square().mean() * weight[0, i] for i in range(H * B)]
+    assert torch.allclose(pwm.critic_loss(critics, flat, target, weight), sum(error) / (H * B), rtol=1e-4)
     G = v[H]
     for h in reversed(range(H)):
         G = rew[h] + g * alive[h] * ((1 - lam) * v[h + 1] + lam * G)
