@@ -31,7 +31,8 @@ Deviations from the paper (the released code's own are not repeated):
  9. There, rewards are divided by their deviation and not centred, which would make an end as good as going on; and own
     data of mixed quality take the place of SHAC's. Imagination of a gymnasium id starts in every stored state.
 10. On a CPU these tasks imagine 6 steps instead of 16, train on 6-step sequences, learn in a hundred short rounds, and
-    critics at 1e-3 and actors at 3e-4 instead of 5e-4: with 16 steps hoppers fell. Changed together, not one by one.
+    critics at 1e-3 and actors at 3e-4 instead of 5e-4: critics have to keep up with values that change when a policy
+    begins to stand, and Adam moves an actor of this size by 0.4 per update at 1e-3, past what its gradient tells.
 11. There too, critics predict the distance from a running mean of their targets. Without centred rewards (9) those of
     an ant lie near 250 and differ by 2: networks that had to follow the 250 lagged behind, and their slopes misled the
     actor.
@@ -1222,9 +1223,9 @@ class Progress:
 
 
 class Windows:
-    """Bodies beside the imagination, as in the released code: B of them go on for H steps with the actions of the next
-    imagined windows, which start where they are, and tell which windows ended. A body that has ended, or done all its
-    steps, begins anew; a window in which the latter happens goes on in imagination."""
+    """Bodies beside the imagination, as in the released code (deviation 8): B of them go on for H steps with the
+    actions of the next imagined windows, which start where they are, and tell which windows ended. A body that has
+    ended, or done all its steps, begins anew; a window in which the latter happens goes on in imagination."""
 
     def __init__(self, trainer):
         a = trainer.args
@@ -1286,10 +1287,10 @@ class Trainer:
         if args.planner_episodes or args.prior:
             self.nets["tdmpc2"] = (load_tdmpc2(wm, args.checkpoint) if args.checkpoint
                                    else TDMPC2(wm, SIZES[args.model_size][2], SIZES[args.model_size][4]))
-        if args.episodic:
+        if args.episodic and not args.true_plant:
             with torch.no_grad():  # begin by doing next to nothing: random torques throw a body that could stand
                 policies[0].mu.weight[-1].mul_(0.01)
-            # Such policies come and go: what acted in the round with the best roll-outs is kept.
+        if args.episodic:  # such policies come and go: what acted in the round with the best roll-outs is kept
             self.nets["best"] = copy.deepcopy(nn.ModuleDict(dict(wm=wm, actors=policies[0])))
         self.nets.to(device)
         self.wm, self.rows = wm, self.rows.to(device)

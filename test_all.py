@@ -5487,6 +5487,12 @@ def test_bodies_do_what_imagination_does_and_tell_which_windows_ended():
     args = pwm.Args(task="hopper", policy_batch=16, horizon=6, device="cpu", compile=False, workers=1, episodic=True)
     trainer = pwm.Trainer(pwm.fill_budget(args, torch.device("cpu"), 1, 1), ["hopper"], torch.device("cpu"))
     wm, actors, herd, ended = trainer.wm, trainer.nets["actors"], envs.Herd("hopper", 16, seed=1), 0
+    lasts = [x.nets["actors"].mu.weight[-1].abs().max() for x in (trainer, shac())]
+    assert lasts[0] < 0.002 < 0.05 < lasts[1]  # begins by doing next to nothing; SHAC as its authors
+    assert trainer.args.critic_lr == 1e-3 and trainer.args.policy_lr == 3e-4
+    trainer.update_policies(None, 0.0)
+    assert [trainer.opts[x].param_groups[0]["lr"] for x in ("actors", "critics")] == [3e-4, 1e-3]
+    trainer.windows = pwm.Windows(trainer)
     obs, task = herd.reset(), torch.zeros(16, dtype=torch.long)
     for k in range(12):
         noise = torch.randn(6, 1, 16, 3, generator=gen(k))
