@@ -36,8 +36,7 @@ Deviations from the paper (the released code's own are not repeated):
 11. There too, critics predict the distance from a running mean of their targets. Without centred rewards (9) those of
     an ant lie near 250 and differ by 2: networks that had to follow the 250 lagged behind, and their slopes misled the
     actor.
-12. And observations are centred and scaled by the first round's, so that a model sees centimetres of height beside
-    metres per second; and actors begin with actions near 0, from which an ANYmal stands and does not fall.
+12. And actors begin with actions near 0: an untrained one throws down an ANYmal that stands by itself.
 """
 import contextlib
 import copy
@@ -325,8 +324,7 @@ class WorldModel(nn.Module):
 
     obs (.., B, O), act (.., B, A), task (B,) ints, z (.., B, L). Observations and actions are zero-padded to the widest
     task; `act_dims[task]` entries of an action are real and the rest is masked.
-    `episodic` is the single-task variant: a scalar head for rewards divided by `rew_std`, a head for ends, and
-    observations that are centred and scaled by `obs_mean` and `obs_std` (deviation 12).
+    `episodic` is the single-task variant: a scalar head for rewards divided by `rew_std`, and a head for ends.
     """
 
     def __init__(self, obs_dim, act_dims, enc_layers, enc_hidden, hidden, latent, task_dim, episodic=False,
@@ -350,8 +348,6 @@ class WorldModel(nn.Module):
         if episodic:
             self.end_head = nn.Sequential(block(latent + task_dim, hidden), nn.Linear(hidden, 1))
             self.register_buffer("rew_std", torch.ones(()))  # of all rewards collected so far
-            self.register_buffer("obs_mean", torch.zeros(obs_dim))  # of the first round
-            self.register_buffer("obs_std", torch.ones(obs_dim))
         if task_dim:
             self.task_emb = nn.Embedding(len(act_dims), task_dim)
             nn.init.uniform_(self.task_emb.weight, -0.02, 0.02)
@@ -364,8 +360,6 @@ class WorldModel(nn.Module):
         return torch.cat([x, self.task_emb(task).expand(*x.shape[:-1], -1)], -1)
 
     def encode(self, obs, task):
-        if self.episodic:
-            obs = (obs - self.obs_mean) / self.obs_std
         return self.encoder(self.with_task(obs, task))  # (.., B, L)
 
     def next(self, z, act, task):
@@ -903,8 +897,7 @@ def load_world_model(path, device="cpu"):
                          f"expected {BINS} and {max(dims)}: not a world model of this family")
     wm = WorldModel(enc[0]["weight"].shape[1] - e, dims, len(enc), enc[0]["weight"].shape[0],
                     dyn[0]["weight"].shape[0], latent, e, bool(end), file.get("args", {}).get("activation", "simnorm"))
-    scale = {k: v for k, v in wm.state_dict().items() if k in ("obs_mean", "obs_std")}  # older files have none: 0 and 1
-    state = scale | {k: weights[k] for k in ("task_emb.weight", "rew_std", *scale) if k in weights}
+    state = {k: weights[k] for k in ("task_emb.weight", "rew_std") if k in weights}
     for name, layers in (("encoder", enc), ("dynamics", dyn), ("reward_head", rew), ("end_head", end)):
         state |= {f"{name}.{i}.{field}": x for i, layer in enumerate(layers) for field, x in layer.items()}
     try:
@@ -1375,7 +1368,7 @@ class Trainer:
         pick = torch.tensor([known.index(t) for t in self.tasks])
         self.nets["actors"].load_state_dict({k: v[pick] for k, v in file["actors"].items()})
         if "best" in self.nets and "best" in file:
-            self.nets["best"].load_state_dict(self.nets["best"].state_dict() | file["best"])
+            self.nets["best"].load_state_dict(file["best"])
             self.where["best"] = file["where"]["best"]
 
     def trial(self):
@@ -2331,10 +2324,6 @@ def main(args: Args, root="runs"):
                                                trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
                     if args.episodic and not args.checkpoint and not (args.true_plant and r):  # no model to rescale
                         trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
-                        if not (r or args.true_plant):
-                            mean, deviation = observation_scale(episodes, tasks[0])
-                            trainer.wm.obs_mean.copy_(mean)
-                            trainer.wm.obs_std.copy_(deviation)
                 trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
                 first, began = where["step"], time.time()
                 for step in range(first, n):
@@ -2406,14 +2395,6 @@ def reward_deviation(episodes, task):
     arrays = episodes.arrays(task)
     real = np.arange(arrays["rew"].shape[1]) < np.asarray(arrays["length"])[:, None]
     return max(float(np.asarray(arrays["rew"])[real].std(dtype=np.float64)), 1e-3)
-
-
-def observation_scale(episodes, task, most=500):
-    """Mean and standard deviation (O,) of a task's observations, from `most` episodes at equal distances."""
-    arrays = episodes.arrays(task)
-    pick = np.unique(np.linspace(0, len(arrays["length"]) - 1, most).astype(int))
-    seen = np.concatenate([arrays["obs"][i, :arrays["length"][i]] for i in pick])
-    return torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0)).clamp(min=1e-3)
 
 
 def roll_out(trainer, workers, episodes, n, r, episode, progress, log):

@@ -5525,23 +5525,6 @@ def test_a_window_that_ended_has_no_value_beyond():
     assert (weight[:, :4] == 1).all()
 
 
-def test_observations_are_scaled_by_those_of_the_first_round(tmp_path):
-    eps, parts = Episodes.create(tmp_path, {"a-b": (3, 2, 12)}), []
-    for n, t in enumerate((12, 2, 5)):
-        o, a, r, flags = episode("a-b", n, t, {"a-b": (3, 2, 12)})
-        eps.append("a-b", o, a, r, flags)
-        parts.append(o[:-1])
-    mean, std = pwm.observation_scale(eps, "a-b")
-    seen = np.concatenate(parts)
-    assert np.allclose(mean, seen.mean(0), rtol=1e-4) and np.allclose(std, seen.std(0).clip(1e-3), rtol=1e-3)
-    wm = episodic_world()["wm"]
-    x, task = torch.randn(5, 3), torch.zeros(5, dtype=torch.long)
-    plain = wm.encode(x, task)
-    wm.obs_mean.fill_(2.0)
-    wm.obs_std.fill_(0.5)
-    assert torch.allclose(wm.encode(x * 0.5 + 2, task), plain, atol=1e-5)
-
-
 def test_first_order_gradients_through_the_true_plant_improve_a_policy():
     p, args, g = envs.plant("double-pendulum"), pwm.Args(task="double-pendulum"), gen(1)
     torch.manual_seed(0)
