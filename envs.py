@@ -737,7 +737,8 @@ def _scene(defaults, body, actuators, tendons=""):
 @functools.cache
 def _body_model(task):
     """The compiled MuJoCo model of a body: 1/240 s, implicitfast, only the floor is touched. All but the hopper get
-    10 N m s/rad of damping in every joint on top of their own, as in PWM's simulator."""
+    10 N m s/rad of damping in every joint on top of their own, as in PWM's simulator; the ant also has its torques
+    (200 N m) and armature (0.05 kg m2), and a tenth of its weight."""
     import mujoco
     if task in ("hopper", "ant"):
         spec = mujoco.MjSpec.from_file(_asset("gymnasium", "envs", "mujoco", "assets", f"{task}.xml"))
@@ -752,7 +753,7 @@ def _body_model(task):
     for geom in spec.geoms:
         geom.contype, geom.conaffinity = int(geom.name == "floor"), 1
         if task == "ant":
-            geom.density = 100                    # 18 kg instead of 0.9; the reference's has 182
+            geom.density = 100                    # kg/m3: 18 kg instead of the file's 0.9
     model = spec.compile()
     if task == "ant":
         model.actuator_gear[:, 0], model.dof_armature[6:] = 200, 0.05
