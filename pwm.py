@@ -106,8 +106,9 @@ class Args:
     ablation: str | None = None
     """all, or some of activation, model-updates, prior, wm-horizon, batch, objective, shared (comma list): one table on
     four tasks, or on those of --task; stiffness: SHAC and PWM on soft and stiff contacts; latency: ms per action"""
-    activation: Literal["simnorm", "mish", "relu"] = "simnorm"
-    """of the world model: Mish, with SimNorm where a latent is made; or Mish or ReLU everywhere (Fig. 8a)"""
+    activation: Literal["simnorm", "mish", "relu", "residual"] | None = None
+    """of the world model: Mish, with SimNorm where a latent is made (Sec. 3.3); Mish or ReLU everywhere (Fig. 8a);
+    residual: Mish, and a latent without activation whose change F predicts (default for --episodic: deviation 13)"""
     shared_policy: bool = False
     """one actor and critic for all tasks, which see the task's embedding (Fig. 18)"""
     td_actor: bool = False
@@ -175,6 +176,8 @@ class Args:
     # evaluation
     eval_episodes: int | None = None
     """deterministic episodes per task at the end, and as many of a random policy (default 10)"""
+    eval_every: int = 0
+    """policy updates after which all policies are evaluated on the way, for a curve (Fig. 8b); 0: only at the end"""
     seeds: int | None = None
     """toys: networks of ball-wall (default 100), learned models per horizon of double-pendulum (default 3); --ablation:
     trainings of every variant (default 3, activation 5)"""
@@ -325,15 +328,17 @@ class WorldModel(nn.Module):
 
     obs (.., B, O), act (.., B, A), task (B,) ints, z (.., B, L). Observations and actions are zero-padded to the widest
     task; `act_dims[task]` entries of an action are real and the rest is masked.
-    `episodic` is the single-task variant: a scalar head for rewards divided by `rew_std`, and a head for ends.
+    `episodic` is the single-task variant: a scalar head for rewards divided by `rew_std`, a head for ends, and
+    observations centred and scaled by `obs_mean` and `obs_std`; `activation`: see Args (deviation 13).
     """
 
     def __init__(self, obs_dim, act_dims, enc_layers, enc_hidden, hidden, latent, task_dim, episodic=False,
                  activation="simnorm"):
         super().__init__()
-        inner, last = {"simnorm": (mish, simnorm), "mish": (mish, mish), "relu": (F.relu, F.relu)}[activation]
+        inner, last = {"simnorm": (mish, simnorm), "mish": (mish, mish), "relu": (F.relu, F.relu),
+                       "residual": (mish, nn.Identity())}[activation]
         block = functools.partial(NormedLinear, act=inner)
-        self.episodic = bool(episodic)
+        self.episodic, self.activation, self.residual = bool(episodic), activation, activation == "residual"
         self.obs_dim, self.act_dims, self.latent, self.task_dim = obs_dim, tuple(act_dims), latent, task_dim
         self.tasks = ()  # names of the task rows, where known
         A = max(act_dims)
@@ -343,12 +348,15 @@ class WorldModel(nn.Module):
         self.encoder = nn.Sequential(*(block(i, j) for i, j in zip(widths, widths[1:])),
                                      NormedLinear(widths[-1], latent, last))
         i = latent + task_dim + A
-        self.dynamics = nn.Sequential(block(i, hidden), block(hidden, hidden), NormedLinear(hidden, latent, last))
+        self.dynamics = nn.Sequential(block(i, hidden), block(hidden, hidden), nn.Linear(hidden, latent)
+                                      if self.residual else NormedLinear(hidden, latent, last))
         self.reward_head = nn.Sequential(block(i, hidden), block(hidden, hidden),
                                          nn.Linear(hidden, 1 if episodic else BINS))
         if episodic:
             self.end_head = nn.Sequential(block(latent + task_dim, hidden), nn.Linear(hidden, 1))
-            self.register_buffer("rew_std", torch.ones(()))  # of all rewards collected so far
+            self.register_buffer("rew_std", torch.ones(()))  # this and the next two: of all steps collected so far
+            self.register_buffer("obs_mean", torch.zeros(obs_dim))
+            self.register_buffer("obs_std", torch.ones(obs_dim))
         if task_dim:
             self.task_emb = nn.Embedding(len(act_dims), task_dim)
             nn.init.uniform_(self.task_emb.weight, -0.02, 0.02)
@@ -361,10 +369,13 @@ class WorldModel(nn.Module):
         return torch.cat([x, self.task_emb(task).expand(*x.shape[:-1], -1)], -1)
 
     def encode(self, obs, task):
+        if self.episodic:
+            obs = (obs - self.obs_mean) / self.obs_std
         return self.encoder(self.with_task(obs, task))  # (.., B, L)
 
     def next(self, z, act, task):
-        return self.dynamics(torch.cat([self.with_task(z, task), act], -1))  # (.., B, L)
+        out = self.dynamics(torch.cat([self.with_task(z, task), act], -1))  # (.., B, L)
+        return z + out if self.residual else out
 
     def reward(self, z, act, task):
         return self.reward_head(torch.cat([self.with_task(z, task), act], -1)).float()  # (.., B, 101) logits, or 1
@@ -390,7 +401,7 @@ class TruePlant(nn.Module):
     def __init__(self, plant, task, rew_std=1.0):
         super().__init__()
         facts = task_facts(task)
-        self.plant, self.episodic, self.tasks = plant, hasattr(plant, "ended"), (task,)
+        self.plant, self.episodic, self.tasks, self.activation = plant, hasattr(plant, "ended"), (task,), None
         self.obs_dim = self.latent = facts.obs_dim
         self.act_dims = (facts.act_dim,)
         self.scale = RunningStats(facts.obs_dim)  # until it is updated: mean 0, variance 1
@@ -898,7 +909,7 @@ def load_world_model(path, device="cpu"):
                          f"expected {BINS} and {max(dims)}: not a world model of this family")
     wm = WorldModel(enc[0]["weight"].shape[1] - e, dims, len(enc), enc[0]["weight"].shape[0],
                     dyn[0]["weight"].shape[0], latent, e, bool(end), file.get("args", {}).get("activation", "simnorm"))
-    state = {k: weights[k] for k in ("task_emb.weight", "rew_std") if k in weights}
+    state = {k: weights[k] for k in ("task_emb.weight", "rew_std", "obs_mean", "obs_std") if k in weights}
     for name, layers in (("encoder", enc), ("dynamics", dyn), ("reward_head", rew), ("end_head", end)):
         state |= {f"{name}.{i}.{field}": x for i, layer in enumerate(layers) for field, x in layer.items()}
     try:
@@ -1006,8 +1017,8 @@ def open_loop_error(wm, batch, rows, horizons=(1, 4, 16)):
 SIZES = {1: (2, 256, 384, 128, 2, 96), 5: (2, 256, 512, 512, 5, 64), 19: (3, 1024, 1024, 512, 5, 64),
          48: (4, 1792, 1792, 768, 5, 64), 317: (5, 4096, 4096, 1376, 8, 96)}
 
-DEFAULTS = dict(eval_episodes=10, horizon=16, policy_lr=5e-4, first_model=0.25, last_model=0.2, first_policy=0.04,
-                last_policy=0.3)
+DEFAULTS = dict(activation="simnorm", eval_episodes=10, horizon=16, policy_lr=5e-4, first_model=0.25, last_model=0.2,
+                first_policy=0.04, last_policy=0.3)
 BUDGETS = {  # what the flags that were left out become, by device and number of tasks, where it is not DEFAULTS
     ("cpu", "one"): dict(model_size=1, rounds=12, seed_episodes=16, round_episodes=4, wm_steps=10_000, wm_batch=64,
                          wm_horizon=4, wm_lr=1e-3, policy_steps=3_000, policy_batch=64, critic_passes=1),
@@ -1088,7 +1099,7 @@ def fill_budget(args, device, n_tasks, world):
     if args.shared_policy and (n_tasks == 1 or args.eval_only):
         raise SystemExit("--shared-policy trains one policy for several tasks: type --task with two or more, and leave "
                          "--eval-only out")
-    if args.activation != Args.activation and (args.checkpoint or args.true_plant):
+    if args.activation and (args.checkpoint or args.true_plant) and not args.resume:
         raise SystemExit(f"--activation {args.activation} is of a world model that is trained here: leave it out with "
                          "--checkpoint, whose file says it, and with --true-plant")
     if args.true_plant:
@@ -1100,7 +1111,7 @@ def fill_budget(args, device, n_tasks, world):
     budget = dict(BUDGETS["fast"] if args.fast else BUDGETS[device.type, kind])
     if args.checkpoint:
         del budget["model_size"]  # the file says
-    budget = DEFAULTS | budget
+    budget = DEFAULTS | (dict(activation="residual") if args.episodic else {}) | budget
     args = replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
     return args if args.critic_lr is not None else replace(args, critic_lr=args.policy_lr)
 
@@ -1110,7 +1121,9 @@ def open_data(args, tasks, run_dir, rank, wait):
     if args.data_dir is None:
         own = Path(run_dir) / "episodes"
         if rank == 0:
-            Episodes.create(own, {t: task_facts(t)[:3] for t in tasks})
+            facts = {t: task_facts(t) for t in tasks}
+            Episodes.create(own, {t: (f.obs_dim, f.act_dim, min(f.episode_length, PIECE) if args.episodic
+                                      else f.episode_length) for t, f in facts.items()})
         wait()
         return Episodes.open(own, tasks), True
     folder = Path(args.data_dir)
@@ -1133,14 +1146,19 @@ def shares(total, rounds, first, last):
 
 
 def make_plan(args, own, given_model):
-    """[(kind, round, amount)]: collect episodes per task, then updates of the model, then of the policies."""
+    """[(kind, round, amount)]: collect episodes per task, then updates of the model, then of the policies; every
+    --eval-every of them, evaluate (amount: episodes per task)."""
     rounds = args.rounds if own else 1
     model = [0] * rounds if given_model else shares(args.wm_steps, rounds, args.first_model, args.last_model)
     policy = shares(args.policy_steps, rounds, args.first_policy, args.last_policy)
     plan = []
     for r in range(rounds):
         plan += [("collect", r, args.round_episodes if r else args.seed_episodes)] * own
-        plan += [("model", r, model[r]), ("policy", r, policy[r])]
+        plan.append(("model", r, model[r]))
+        every = args.eval_every or max(policy[r], 1)
+        for first in range(0, policy[r], every):
+            plan.append(("policy", r, min(every, policy[r] - first)))
+            plan += [("evaluate", r, args.eval_episodes)] * bool(args.eval_every)
     return plan
 
 
@@ -1216,15 +1234,29 @@ class Progress:
             print(f"{text} | {timedelta(seconds=round(max(left, 0)))} left", flush=True)
 
 
+PIECE = 100  # --episodic: steps of a stored piece of an episode; files have room for full ones, and falls are short
+
+
+def pieces(episode):
+    """An episode's obs, act, rew and term as the pieces in which it is stored."""
+    o, a, r, e = (episode[k] for k in ("obs", "act", "rew", "term"))
+    return [(o[t:t + PIECE + 1], a[t:t + PIECE], r[t:t + PIECE], e[t:t + PIECE]) for t in range(0, len(r), PIECE)]
+
+
 class Windows:
     """Bodies beside the imagination, as in the released code (deviation 8): B of them go on for H steps with the
     actions of the next imagined windows, which start where they are, and tell which windows ended. A body that has
-    ended, or done all its steps, begins anew; a window in which the latter happens goes on in imagination."""
+    ended, or done all its steps, begins anew; a window in which the latter happens goes on in imagination.
+    What they did is data for the world model: `pieces` holds what `store` has not written yet."""
 
     def __init__(self, trainer):
-        a = trainer.args
+        a, f = trainer.args, trainer.facts[0]
         self.trainer, self.herd, self.steps = trainer, Herd(trainer.tasks[0], a.policy_batch, a.seed, a.workers), 0
         self.obs = self.herd.reset()  # (B, O)
+        rows = {"obs": (PIECE + 1, f.obs_dim), "act": (PIECE, f.act_dim), "rew": (PIECE,)}
+        self.book = {k: np.zeros((a.policy_batch, *row), np.float32) for k, row in rows.items()}  # of unfinished pieces
+        self.book["t"], self.pieces = np.zeros(a.policy_batch, int), []
+        self.book["obs"][:, 0] = self.obs
 
     @torch.no_grad()
     def roll(self, noise):
@@ -1236,7 +1268,9 @@ class Windows:
         alive, z = torch.ones(len(noise), 1, len(start)), wm.encode(start, task)
         for h, eps in enumerate(noise):
             act = self.trainer.nets["actors"](z[None], eps)[0]
-            self.obs, _, terminated, *_ = self.herd.step(act.cpu().numpy())
+            act_now = act.cpu().numpy()
+            self.obs, rew, terminated, truncated, last = self.herd.step(act_now)
+            self.note(act_now, rew, terminated, truncated, last)
             seen.append(torch.as_tensor(self.obs, device=device))
             alive[h:, 0, terminated] = 0
             z = wm.encode(seen[-1], task) if true else wm.next(z, act, task)
@@ -1246,12 +1280,33 @@ class Windows:
             return seen[-1][None], None
         return start[None], alive.to(device)
 
+    def note(self, act, rew, terminated, truncated, last):
+        """Write what `Herd.step` returned into the book of every body, and tear out the pieces that are complete."""
+        book, i = self.book, np.arange(len(act))
+        t = book["t"]
+        book["act"][i, t], book["rew"][i, t], book["obs"][i, t + 1] = act, rew, last
+        t += 1
+        for b in np.flatnonzero(terminated | truncated | (t == PIECE)):
+            term = np.zeros(t[b], bool)
+            term[-1] = terminated[b]
+            self.pieces.append((book["obs"][b, :t[b] + 1].copy(), book["act"][b, :t[b]].copy(),
+                                book["rew"][b, :t[b]].copy(), term))
+            book["obs"][b, 0], t[b] = self.obs[b], 0
+
+    def store(self, episodes):
+        """Append the complete pieces; called before every checkpoint, which holds the rest."""
+        episodes.append(self.trainer.tasks[0], *zip(*self.pieces))
+        self.pieces = []
+
     def state(self):
-        return {k: torch.from_numpy(v) for k, v in self.herd.state().items()} | {"steps": torch.tensor(self.steps)}
+        state = {"steps": np.array(self.steps), **self.herd.state()} | {f"book.{k}": v for k, v in self.book.items()}
+        return {k: torch.from_numpy(v.copy()) for k, v in state.items()}
 
     def load(self, state):
-        self.obs = self.herd.load({k: v.cpu().numpy() for k, v in state.items() if k != "steps"})
-        self.steps = int(state["steps"])
+        state = {k: v.cpu().numpy() for k, v in state.items()}
+        self.book = {k: state.pop(f"book.{k}").copy() for k in self.book}
+        self.steps = int(state.pop("steps"))
+        self.obs = self.herd.load(state)
 
 
 class Trainer:
@@ -1268,7 +1323,7 @@ class Trainer:
                 max(f.obs_dim for f in self.facts), [f.act_dim for f in self.facts], episodic=args.episodic,
                 activation=args.activation, **model_dims(args.model_size, len(tasks), tasks == MT80))
         wm.tasks = wm.tasks or tasks
-        self.args = args = replace(args, episodic=wm.episodic)  # a file says what it is
+        self.args = args = replace(args, episodic=wm.episodic, activation=wm.activation)  # a file says what it is
         if args.checkpoint and args.model_size:
             asked = model_dims(args.model_size, len(wm.act_dims), len(wm.act_dims) == len(MT80))["latent"]
             if asked != wm.latent:
@@ -1528,6 +1583,17 @@ def evaluate(workers, trainer, progress):
     return columns, action_latency(trainer, args.planner_episodes)
 
 
+def evaluate_now(trainer, workers, progress, log):
+    """The evaluate stage: deterministic episodes of all policies as they are, into the history."""
+    began, n, updates = time.time(), trainer.args.eval_episodes, trainer.where["policy_updates"]
+    played = play(workers, trainer.tasks, n, trainer.args.seed, lambda obs, task, *_: trainer.policy(obs, task))
+    returns = {t: float(np.mean(points(t, played[t]))) for t in trainer.tasks}
+    trainer.history.append({"policy_updates": updates, "evaluation": returns})
+    log({f"eval/{t}/return": v for t, v in returns.items()})
+    progress.add("steps", n * sum(f.episode_length for f in trainer.facts), time.time() - began)
+    progress.line(f"after {updates} policy updates: mean return {np.mean(list(returns.values())):.1f}", True)
+
+
 def action_latency(trainer, planner):
     """Median milliseconds for one action of the first task: {"ours"} and, if asked, {"planner"}."""
     wm, rows, device = trainer.wm, trainer.rows[:1], trainer.device
@@ -1631,7 +1697,14 @@ def plot(rows, names, history, seconds, folder):
     fig.legend(loc="outside upper center", ncols=len(names), fontsize=8)
     fig.savefig(folder / "results.png", dpi=120)
     plt.close(fig)
-    rounds = [h for h in history if "return" in h]
+    rounds, tests = ([h for h in history if k in h] for k in ("return", "evaluation"))
+    if not rounds and tests:
+        fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        for r in rows:
+            ax.plot([h["policy_updates"] for h in tests], [h["evaluation"][r["task"]] for h in tests], "o-", ms=3)
+        ax.set(xlabel="policy updates", ylabel="return")
+        fig.savefig(folder / "curve.png", dpi=120)
+        plt.close(fig)
     if not rounds:
         return
     minutes = [h["seconds"] / 60 for h in rounds]
@@ -2140,7 +2213,7 @@ def ablations(args, run, device_text):
                 cell = replace(base, seed=seed, **flags)
                 if not set(flags) & set(OWN_MODEL):
                     cell = replace(cell, checkpoint=f"{cells['base'][k]['folder']}/checkpoint.pt", model_size=None,
-                                   activation=Args.activation)  # the file says both
+                                   activation=None)  # the file says both
                 cells[variant].append(run_cell(cell, run, f"{variant.replace(' ', '-')}-{seed}"))
     rows = [ablation_row("base", "base", cells["base"], cells["base"], tasks, 0)]
     rows += [ablation_row(name, variant, cells[variant], cells["base"], tasks, ABLATIONS[name][1])
@@ -2155,10 +2228,35 @@ def ablations(args, run, device_text):
               f"{r['verdict']}")
     for name in wanted:
         print(f"{name}: {ABLATIONS[name][0]}")
+    if base.eval_every:
+        figure_efficiency(run.dir / "efficiency.png", cells, base)
     result = dict(stamp(args, time.time() - began, device_text), tasks=tasks, rows=rows, cells=cells)
     write_text(run.dir / "results.json", json.dumps(result, indent=1))
     print(f"files: {run.dir}/results.json")
     return result
+
+
+def figure_efficiency(path, cells, base):
+    """Fig. 8b: return against policy updates (mean and range of the seeds), and as a line what TD-MPC2's prior gets."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, made in cells.items():
+        curves = np.array([c["curve"] for c in made])  # (seeds, evaluations, 2)
+        if len({tuple(c[:, 0]) for c in curves}) > 1:
+            continue
+        (line,) = ax.plot(curves[0, :, 0], curves[..., 1].mean(0), "o-", ms=3,
+                          label=f"{base.wm_steps:,} model updates" if name == "base" else name)
+        color = line.get_color()
+        ax.fill_between(curves[0, :, 0], curves[..., 1].min(0), curves[..., 1].max(0), color=color, alpha=0.15)
+        priors = [np.mean(list(c["returns"]["prior"].values())) for c in made if "prior" in c["returns"]]
+        if priors:
+            ax.axhline(np.mean(priors), color=color, ls="--", label=f"{name}: its prior")
+    ax.set(xlabel="policy updates", ylabel="return, mean over tasks")
+    ax.legend(fontsize=8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
 
 
 def run_cell(args, run, name):
@@ -2173,7 +2271,10 @@ def run_cell(args, run, name):
         result = main(args, root=run.dir / "cells" / name)
     history = result["history"]
     errors = {k: v for h in history for k, v in h.items() if "nmse" in k}  # of the last round
-    cell = dict(folder=result["folder"], errors=errors, seconds=round(time.time() - began, 1), args=result["args"],
+    tests = [h for h in history if "evaluation" in h]
+    curve = [[h["policy_updates"], float(np.mean(list(h["evaluation"].values())))] for h in tests]
+    cell = dict(folder=result["folder"], errors=errors, curve=curve, seconds=round(time.time() - began, 1),
+                args=result["args"],
                 returns={c: {t: float(np.mean(x)) for t, x in v.items()} for c, v in result["episodes"].items()})
     write_text(file, json.dumps(cell, indent=1))
     shown = {c: round(float(np.mean(list(v.values()))), 1) for c, v in cell["returns"].items()}
@@ -2273,9 +2374,10 @@ def main(args: Args, root="runs"):
         torch.distributed.broadcast_object_list(box)
     episodes, own = (None, False) if args.eval_only else open_data(args, tasks, box[0], rank, wait)
     plan = [] if args.eval_only else make_plan(args, own, bool(args.checkpoint) or args.true_plant)
-    total = {kind: sum(n for k, _, n in plan if k == kind) for kind in ("collect", "model", "policy")}
+    total = {kind: sum(n for k, _, n in plan if k == kind) for kind in ("collect", "model", "policy", "evaluate")}
     episode = sum(f.episode_length for f in trainer.facts)  # agent steps of one episode of every task
-    total["steps"] = episode * (total.pop("collect") + (2 + args.prior + args.episodic) * args.eval_episodes)
+    total["steps"] = episode * (total.pop("collect") + total.pop("evaluate")
+                                + (2 + args.prior + args.episodic) * args.eval_episodes)
     progress = Progress(total | dict(planner=episode * args.planner_episodes))
     where = trainer.where
     if args.resume:
@@ -2302,6 +2404,8 @@ def main(args: Args, root="runs"):
     def save(stage, step):
         where.update(stage=stage, step=step, seconds=where["seconds"] + time.time() - clock[0])
         clock[0] = time.time()
+        if trainer.windows and trainer.windows.pieces:
+            trainer.windows.store(episodes)
         if rank == 0:
             run.save(dict(trainer.state(), counts=episodes.counts() if own else {}, done=progress.done))
         if stop:
@@ -2319,12 +2423,15 @@ def main(args: Args, root="runs"):
                     roll_out(trainer, workers, episodes, n, r, episode, progress, log)
                 wait()
                 sampler = None
+            elif kind == "evaluate":
+                if rank == 0:
+                    evaluate_now(trainer, workers, progress, log)
             elif n and (kind == "model" or rank == 0):
                 if sampler is None:
                     sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
                                                trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
                     if args.episodic and not args.checkpoint and not (args.true_plant and r):  # no model to rescale
-                        trainer.wm.rew_std.fill_(reward_deviation(episodes, tasks[0]))
+                        set_scales(trainer.wm, episodes, tasks[0])
                 trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
                 first, began = where["step"], time.time()
                 for step in range(first, n):
@@ -2391,11 +2498,18 @@ def read_metrics(metrics, kind, world):
     return dict(zip(metrics, values.tolist()))
 
 
-def reward_deviation(episodes, task):
-    """Standard deviation of all rewards of a task."""
+def set_scales(wm, episodes, task, most=1000):
+    """The scales of rewards and observations: deviation of all rewards of a task, and mean and deviation of the
+    observations of `most` pieces at equal distances."""
     arrays = episodes.arrays(task)
-    real = np.arange(arrays["rew"].shape[1]) < np.asarray(arrays["length"])[:, None]
-    return max(float(np.asarray(arrays["rew"])[real].std(dtype=np.float64)), 1e-3)
+    length = np.asarray(arrays["length"])
+    real = np.arange(arrays["rew"].shape[1]) < length[:, None]
+    wm.rew_std.fill_(max(float(np.asarray(arrays["rew"])[real].std(dtype=np.float64)), 1e-3))
+    if not isinstance(wm, TruePlant):  # which scales them itself
+        pick = np.unique(np.linspace(0, len(length) - 1, most).astype(int))
+        seen = np.concatenate([arrays["obs"][i, :length[i]] for i in pick])
+        wm.obs_mean.copy_(torch.from_numpy(seen.mean(0)))
+        wm.obs_std.copy_(torch.from_numpy(seen.std(0)).clamp(min=1e-3))
 
 
 def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
@@ -2408,7 +2522,10 @@ def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
     returns = {}
     for t in tasks:
         mine = [e for e in played if e["task"] == t]
-        episodes.append(t, *([e[x] for e in mine] for x in ("obs", "act", "rew", "term")))
+        if trainer.args.episodic:
+            episodes.append(t, *zip(*(piece for e in mine for piece in pieces(e))))
+        else:
+            episodes.append(t, *([e[x] for e in mine] for x in ("obs", "act", "rew", "term")))
         returns[t] = float(np.mean([e["ret"] for e in (mine[::2] if trainer.args.episodic and r else mine)]))
     mean = float(np.mean(list(returns.values())))
     trainer.history.append({"round": r, "seconds": trainer.where["seconds"], "return": returns})
