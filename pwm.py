@@ -1270,7 +1270,8 @@ class Windows:
             act = self.trainer.nets["actors"](z[None], eps)[0]
             act_now = act.cpu().numpy()
             self.obs, rew, terminated, truncated, last = self.herd.step(act_now)
-            self.note(act_now, rew, terminated, truncated, last)
+            if not true:  # which needs no data
+                self.note(act_now, rew, terminated, truncated, last)
             seen.append(torch.as_tensor(self.obs, device=device))
             alive[h:, 0, terminated] = 0
             z = wm.encode(seen[-1], task) if true else wm.next(z, act, task)
@@ -2430,7 +2431,7 @@ def main(args: Args, root="runs"):
                 if sampler is None:
                     sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
                                                trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
-                    if args.episodic and not args.checkpoint and not (args.true_plant and r):  # no model to rescale
+                    if args.episodic and (kind == "model" or args.true_plant and r == 0):  # a true plant has no such stage
                         set_scales(trainer.wm, episodes, tasks[0])
                 trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
                 first, began = where["step"], time.time()

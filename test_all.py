@@ -1566,16 +1566,23 @@ def test_one_policy_for_all_tasks_sees_which_task_it_is():
     assert all((v != before[k]).any() for k, v in actor.state_dict().items())
 
 
-@pytest.mark.parametrize("activation", ["simnorm", "mish", "relu"])
+@pytest.mark.parametrize("activation", ["simnorm", "mish", "relu", "residual"])
 def test_activations_are_those_of_the_flag_and_of_the_file(activation, tmp_path):
     wm = pwm.WorldModel(7, [3, 2], 2, 16, 16, 16, 4, activation=activation)
     z = wm.encode(torch.randn(5, 7), torch.zeros(5, dtype=torch.long))
     simplex = torch.allclose(z.unflatten(-1, (2, 8)).sum(-1), torch.ones(5, 2), atol=1e-5)
-    assert simplex == (activation == "simnorm") and ((z >= 0).all() == (activation != "mish"))
+    assert simplex == (activation == "simnorm") and ((z >= 0).all() == (activation in ("simnorm", "relu")))
     hidden = wm.reward_head[0](torch.randn(64, 23))
     assert (hidden.min() < 0) == (activation != "relu")
     torch.save(dict(wm=wm.state_dict(), act_dims=[3, 2], args=dict(activation=activation)), tmp_path / "wm.pt")
     again = pwm.load_world_model(tmp_path / "wm.pt")
+    assert again.activation == activation
+    with torch.no_grad():
+        for p in wm.dynamics[-1].parameters():
+            p.zero_()
+    still = torch.equal(wm.next(z, torch.ones(5, 3), torch.ones(5, dtype=torch.long)), z)
+    assert still == (activation == "residual")  # whose dynamics tell the change
+    wm.load_state_dict(again.state_dict())
     assert torch.equal(again.next(z, torch.ones(5, 3), torch.ones(5, dtype=torch.long)),
                        wm.next(z, torch.ones(5, 3), torch.ones(5, dtype=torch.long)))
 
@@ -5496,6 +5503,8 @@ def test_bodies_do_what_imagination_does_and_tell_which_windows_ended():
     assert [trainer.opts[x].param_groups[0]["lr"] for x in ("actors", "critics")] == [3e-4, 1e-3]
     trainer.windows = pwm.Windows(trainer)
     obs, task = herd.reset(), torch.zeros(16, dtype=torch.long)
+    lived = [[[obs[b]], [], [], []] for b in range(16)]  # obs, act, rew, term of the episode that every body is in
+    played = [[] for _ in range(16)]
     for k in range(12):
         noise = torch.randn(6, 1, 16, 3, generator=gen(k))
         start, alive = trainer.windows.roll(noise)
@@ -5503,11 +5512,103 @@ def test_bodies_do_what_imagination_does_and_tell_which_windows_ended():
         z, _, _ = pwm.imagine(wm, actors, start, noise, task)
         done = np.zeros(16, bool)
         for h in range(6):  # the actions of the imagined states, not of the observed ones
-            obs, _, terminated, _, _ = herd.step(actors(z[h], noise[h])[0].detach())
+            act = actors(z[h], noise[h])[0].detach().numpy()
+            obs, rew, terminated, _, last = herd.step(act)
             done |= terminated
             assert (alive[h, 0].numpy() == ~done).all()
+            for b in range(16):
+                for book, x in zip(lived[b], (last[b], act[b], rew[b], terminated[b])):
+                    book.append(x)
+                if terminated[b]:
+                    played[b].append(lived[b])
+                    lived[b] = [[obs[b]], [], [], []]
         ended += int(done.sum())
     assert ended > 8  # a policy that has learnt nothing falls
+    stored, torn = sum(played, []), trainer.windows.pieces
+    assert len(torn) == len(stored) and max(len(p[2]) for p in torn) < pwm.PIECE
+    key = lambda p: np.asarray(p[0])[0].tolist()  # noqa: E731
+    for mine, theirs in zip(sorted(torn, key=key), sorted(stored, key=key)):
+        for x, y in zip(mine, theirs):
+            assert np.allclose(x, np.asarray(y), atol=1e-5)
+
+
+def test_long_episodes_are_stored_in_pieces(monkeypatch):
+    monkeypatch.setattr(pwm, "PIECE", 4)
+    args = pwm.Args(task="ant", policy_batch=3, horizon=5, device="cpu", compile=False, workers=1, episodic=True)
+    trainer = pwm.Trainer(pwm.fill_budget(args, torch.device("cpu"), 1, 1), ["ant"], torch.device("cpu"))
+    trainer.windows.roll(torch.randn(5, 1, 3, 8))
+    assert [len(p[2]) for p in trainer.windows.pieces] == [4, 4, 4] and trainer.windows.book["t"].tolist() == [1, 1, 1]
+    for b, (obs, *_, term) in enumerate(trainer.windows.pieces):  # the next piece begins where this one stopped
+        assert np.array_equal(obs[-1], trainer.windows.book["obs"][b, 0]) and not term.any()
+    rng = np.random.default_rng(0)
+    whole = dict(obs=rng.normal(size=(11, 2)), act=rng.normal(size=(10, 1)), rew=np.arange(10), term=np.arange(10) == 9)
+    parts = pwm.pieces(whole)
+    assert [len(p[2]) for p in parts] == [4, 4, 2] and [p[3].any() for p in parts] == [False, False, True]
+    assert np.array_equal(np.concatenate([p[0][:-1] for p in parts]), whole["obs"][:-1])
+    assert np.array_equal(parts[2][0][-1], whole["obs"][-1]) and np.array_equal(parts[1][0][0], parts[0][0][-1])
+
+
+def test_a_body_stopped_among_its_windows_and_resumed_ends_at_the_same_numbers(tmp_path, monkeypatch):
+    tiny = {**TINY, "task": "hopper", "wm_steps": 6, "policy_steps": 12, "seed_episodes": 1, "round_episodes": 1,
+            "critic_passes": 1, "save_every": 0.0}
+    ends = []
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        update, calls = pwm.update_policies, []
+
+        def dies(*a, update=update, calls=calls):
+            calls.append(1)
+            if len(calls) == 10:  # in the middle of the second round
+                raise KeyboardInterrupt
+            return update(*a)
+        if name == "stopped":
+            with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+                m.setattr(pwm, "update_policies", dies)
+                pwm.main(pwm.Args(**tiny))
+            stored = Episodes.open(last_run(".") / "episodes")
+            arrays = stored.arrays("hopper")
+            stored.append("hopper", *([arrays[k][0, :n]] for k, n in (("obs", arrays["length"][0] + 1), *(
+                (k, arrays["length"][0]) for k in ("act", "rew", "term")))))  # written, and no checkpoint after it
+            pwm.main(pwm.Args(resume=str(last_run("."))))
+        else:
+            pwm.main(pwm.Args(**tiny))
+        state = torch.load(last_run(".") / "checkpoint.pt", weights_only=True)
+        rows = Episodes.open(last_run(".") / "episodes").arrays("hopper")
+        ends.append((state, rows))
+    (a, one), (b, two) = ends
+    assert a["windows"]["steps"] == 12 * 4 * 8 and a["counts"] == b["counts"]
+    collected = sum(h["steps"] for h in a["history"] if "steps" in h)
+    assert collected < one["length"].sum() <= collected + 12 * 4 * 8  # what the windows did is data
+    for part in ("wm", "actors", "critics", "windows"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+    assert all(np.array_equal(one[k], two[k]) for k in one)
+
+
+def test_the_scales_of_a_body_are_those_of_its_data(tmp_path):
+    episodes = Episodes.create(tmp_path, {"hopper": (11, 3, 9)})
+    rng = np.random.default_rng(0)
+    for n in (9, 4):
+        episodes.append("hopper", rng.normal(3, 2, (n + 1, 11)), rng.uniform(-1, 1, (n, 3)), rng.normal(5, 7, n),
+                        np.arange(n) < 0)
+    wm = pwm.WorldModel(11, [3], 2, 16, 16, 16, 0, episodic=True, activation="residual")
+    arrays = episodes.arrays("hopper")
+    pwm.set_scales(wm, episodes, "hopper")
+    seen = np.concatenate([arrays["obs"][0, :9], arrays["obs"][1, :4]])
+    assert np.allclose(wm.obs_mean, seen.mean(0), atol=1e-5) and np.allclose(wm.obs_std, seen.std(0), atol=1e-5)
+    assert wm.rew_std == pytest.approx(np.concatenate([arrays["rew"][0], arrays["rew"][1, :4]]).std(), rel=1e-5)
+    task, plain = torch.zeros(13, dtype=torch.long), copy.deepcopy(wm)
+    plain.obs_mean.zero_(), plain.obs_std.fill_(1)
+    x = torch.from_numpy(seen)
+    assert torch.allclose(wm.encode(x, task), plain.encode((x - wm.obs_mean) / wm.obs_std, task), atol=1e-5)
+
+
+def test_policies_are_evaluated_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = pwm.main(pwm.Args(**{**TINY, "eval_every": 6, "policy_steps": 30}))  # rounds of 15 and 15 updates
+    tests = [h for h in result["history"] if "evaluation" in h]
+    assert [h["policy_updates"] for h in tests] == [6, 12, 15, 21, 27, 30]
+    assert tests[-1]["evaluation"][TINY["task"]] == pytest.approx(result["table"][0]["ours"], abs=1e-3)
 
 
 def test_a_window_that_ended_has_no_value_beyond():
@@ -5771,13 +5872,17 @@ def test_bad_flags_of_studies_and_bodies_get_one_sentence(settings, words, tmp_p
 def test_ablations_train_variants_on_the_same_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = dict(task=f"{TINY['task']},{WALK}", fast=True, seeds=2, device="cpu", workers=1, horizon=4)
-    first = pwm.main(pwm.Args(ablation="shared", **settings))
+    first = pwm.main(pwm.Args(ablation="shared", eval_every=2, **settings))
     names = [r["variant"] for r in first["rows"]]
     assert names == ["base", "one policy for all tasks"]
     base, shared = (first["cells"][k] for k in names)
     assert [c["args"]["seed"] for c in base] == [1, 2] and base[0]["args"]["data_dir"] == shared[1]["args"]["data_dir"]
     assert base[0]["errors"] and shared[0]["args"]["shared_policy"] and base[0]["args"]["checkpoint"] is None
     assert shared[1]["args"]["checkpoint"] == base[1]["folder"] + "/checkpoint.pt" and not shared[1]["errors"]
+    curves = [c["curve"] for k in names for c in first["cells"][k]]
+    assert [[x for x, _ in curve] for curve in curves] == [[2, 3]] * 4  # of three policy updates
+    assert curves[0][-1][1] == pytest.approx(np.mean(list(base[0]["returns"]["ours"].values())), abs=1e-3)
+    assert next((tmp_path / "runs").glob("shared*/efficiency.png")).stat().st_size > 5000
     assert first["rows"][0]["ci95"] == [0, 0] and all(r["verdict"] in ("", "undecided") for r in first["rows"])
     out, folder = capsys.readouterr().out, str(tmp_path / "runs" / Path(first["cells"]["base"][0]["folder"]).parts[1])
     assert "minus base, paired" in out and (tmp_path / "runs").is_dir()
