@@ -25,7 +25,7 @@ Deviations from the paper (the released code's own are not repeated):
  6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)); start states come from every episode.
  7. Own data: half of the roll-outs with current policies are disturbed by short random actions (see `collect`).
  8. Single tasks that end (--episodic): for a body of LOCOMOTION the flags come, as in the release, from bodies that do
-    in the environment what imagination does (`Windows`; their steps are not stored). A gymnasium id cannot go on from
+    in the environment what imagination does, and what they did is data (`Windows`). A gymnasium id cannot go on from
     any state, and given data (--data-dir) have no bodies: there a head, which the release has not, learns which steps
     end an episode, and imagined returns and the critics' steps are weighted by the probability to come so far.
  9. There, rewards are divided by their deviation and not centred, which would make an end as good as going on; and own
@@ -38,6 +38,9 @@ Deviations from the paper (the released code's own are not repeated):
     an ant lie near 250 and differ by 2: networks that had to follow the 250 lagged behind, and their slopes misled the
     actor.
 12. And actors begin with actions near 0: an untrained one throws down an ANYmal that stands by itself.
+13. Their world models have no SimNorm: F predicts the change of a latent without activation, and observations are
+    scaled. In 1/60 s a body changes less than F, trained for minutes, errs when it has to make a latent anew: SimNorm
+    models knew a hopper's next state worse than "nothing changes" does (--activation simnorm is the paper's).
 """
 import contextlib
 import copy
@@ -88,7 +91,7 @@ class Args:
     track: bool = False
     """also send metrics to Weights & Biases (pip install wandb)"""
     capture_video: bool = False
-    """one mp4 per task after evaluation (needs OpenGL: EGL or OSMesa)"""
+    """one mp4 per task after evaluation, of the better of last and kept policy (needs OpenGL: EGL or OSMesa)"""
     resume: str | None = None
     """continue the run in this folder, e.g. runs/mt30__pwm__1__1700000000; its flags are read from there"""
     checkpoint: str | None = None
@@ -2468,7 +2471,8 @@ def main(args: Args, root="runs"):
     result = report(run, trainer, columns, latency, where["seconds"] + time.time() - clock[0], f"{device.type}: {why}")
     log({f"eval/{t}/{k}": float(np.mean(v)) for t in tasks for k, v in columns["ours"][t].items()})
     if args.capture_video:
-        record(run, tasks, trainer.policy, args.seed)
+        better = "best round" in columns and result["summary"]["best round"]["mean"] > result["summary"]["ours"]["mean"]
+        record(run, tasks, functools.partial(trainer.policy, best=better), args.seed)
     run.close()
     return result
 
