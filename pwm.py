@@ -30,7 +30,7 @@ Deviations from the paper (the released code's own are not repeated):
     end an episode, and imagined returns and the critics' steps are weighted by the probability to come so far.
  9. There, rewards are divided by their deviation and not centred, which would make an end as good as going on; and own
     data of mixed quality take the place of SHAC's. Imagination of a gymnasium id starts in every stored state.
-10. On a CPU these tasks imagine 6 steps instead of 16, train on 6-step sequences, learn in a hundred short rounds, and
+10. On a CPU these tasks imagine 6 steps instead of 16, train on 6-step sequences, learn in sixty short rounds, and
     critics at 1e-3 and actors at 3e-4 instead of 5e-4: critics have to keep up with values that change when a policy
     begins to stand, and Adam at 1e-3 moves the 153,000 parameters of an actor by up to 0.39 per update (their root
     times the rate), where steps of 0.1 along the gradient gained no more than steps of 0.02.
@@ -1027,9 +1027,9 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
                          wm_horizon=4, wm_lr=1e-3, policy_steps=3_000, policy_batch=64, critic_passes=1),
     ("cpu", "many"): dict(model_size=1, rounds=6, seed_episodes=18, round_episodes=8, wm_steps=24_000, wm_batch=256,
                           wm_horizon=4, wm_lr=1e-3, policy_steps=2_400, policy_batch=16, critic_passes=1),
-    ("cpu", "episodic"): dict(model_size=1, rounds=100, seed_episodes=12, round_episodes=6, wm_steps=12_000,
-                              wm_batch=128, wm_horizon=6, wm_lr=1e-3, policy_steps=3_600, policy_batch=64,
-                              critic_passes=8, horizon=6, policy_lr=3e-4, critic_lr=1e-3, first_model=0.2,
+    ("cpu", "episodic"): dict(model_size=1, rounds=60, seed_episodes=12, round_episodes=6, wm_steps=8_000,
+                              wm_batch=128, wm_horizon=6, wm_lr=1e-3, policy_steps=2_160, policy_batch=64,
+                              critic_passes=8, horizon=6, policy_lr=3e-4, critic_lr=1e-3, first_model=0.3,
                               last_model=0.05, first_policy=0.01, last_policy=0.05),
     ("cpu", "plant"): dict(rounds=10, seed_episodes=4, round_episodes=4, policy_steps=200, policy_batch=64,
                            critic_passes=8, policy_lr=2e-3),
@@ -2434,7 +2434,7 @@ def main(args: Args, root="runs"):
                 if sampler is None:
                     sampler = episodes.sampler(tasks, args.wm_horizon, device, trainer.wm.obs_dim,
                                                trainer.wm.act_mask.shape[1], args.held_out, ends=args.episodic)
-                    if args.episodic and (kind == "model" or args.true_plant and r == 0):  # a true plant has no such stage
+                    if args.episodic and (kind == "model" or args.true_plant and not r):  # that has no such stage
                         set_scales(trainer.wm, episodes, tasks[0])
                 trainer.wm.requires_grad_(kind == "model")  # frozen in extraction: no weight gradients are computed
                 first, began = where["step"], time.time()
