@@ -671,7 +671,7 @@ class RunningStats(nn.Module):
 def clip_per_task(params, max_norm, n):
     """Clip the gradients of n stacked networks one network at a time; returns the norms (n,) before clipping."""
     grads = [p.grad.view(n, -1) for p in params]
-    norm = torch.stack([g.square().sum(1) for g in grads]).sum(0).sqrt()
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dim=1) for g in grads]), dim=0)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None]
     for g in grads:
         g.mul_(scale)
@@ -2302,7 +2302,7 @@ def ablation_row(name, variant, cells, base, tasks, expected):
 
 
 STIFFNESS = {"SHAC": dict(true_plant=True, horizon=32, rounds=4, policy_steps=120),
-             "PWM": dict(rounds=50, wm_steps=6000, policy_steps=1800)}
+             "PWM": dict(rounds=30, wm_steps=4000, policy_steps=1080)}
 STIFFNESS_FAST = dict(rounds=1, seed_episodes=1, round_episodes=1, wm_steps=2, wm_batch=4, policy_steps=2,
                       policy_batch=2, horizon=2, eval_episodes=1)
 
