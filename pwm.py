@@ -912,7 +912,8 @@ def load_world_model(path, device="cpu"):
                          f"expected {BINS} and {max(dims)}: not a world model of this family")
     wm = WorldModel(enc[0]["weight"].shape[1] - e, dims, len(enc), enc[0]["weight"].shape[0],
                     dyn[0]["weight"].shape[0], latent, e, bool(end), file.get("args", {}).get("activation", "simnorm"))
-    state = {k: weights[k] for k in ("task_emb.weight", "rew_std", "obs_mean", "obs_std") if k in weights}
+    scales = {k: v for k, v in wm.state_dict().items() if k in ("obs_mean", "obs_std")}  # not in older files: 0 and 1
+    state = scales | {k: weights[k] for k in ("task_emb.weight", "rew_std", *scales) if k in weights}
     for name, layers in (("encoder", enc), ("dynamics", dyn), ("reward_head", rew), ("end_head", end)):
         state |= {f"{name}.{i}.{field}": x for i, layer in enumerate(layers) for field, x in layer.items()}
     try:
@@ -1428,7 +1429,7 @@ class Trainer:
         pick = torch.tensor([known.index(t) for t in self.tasks])
         self.nets["actors"].load_state_dict({k: v[pick] for k, v in file["actors"].items()})
         if "best" in self.nets and "best" in file:
-            self.nets["best"].load_state_dict(file["best"])
+            self.nets["best"].load_state_dict(self.nets["best"].state_dict() | file["best"])
             self.where["best"] = file["where"]["best"]
 
     def trial(self):

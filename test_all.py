@@ -5601,6 +5601,9 @@ def test_the_scales_of_a_body_are_those_of_its_data(tmp_path):
     plain.obs_mean.zero_(), plain.obs_std.fill_(1)
     x = torch.from_numpy(seen)
     assert torch.allclose(wm.encode(x, task), plain.encode((x - wm.obs_mean) / wm.obs_std, task), atol=1e-5)
+    state = {k: v for k, v in wm.state_dict().items() if not k.startswith("obs_")}  # as in files of older versions
+    torch.save(dict(wm=state, act_dims=[3], args=dict(activation="residual")), tmp_path / "wm.pt")
+    assert torch.equal(pwm.load_world_model(tmp_path / "wm.pt").encode(x, task), plain.encode(x, task))
 
 
 def test_policies_are_evaluated_on_the_way(tmp_path, monkeypatch):
