@@ -2258,8 +2258,6 @@ def figure_efficiency(path, cells, base):
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, made in cells.items():
         curves = np.array([c["curve"] for c in made])  # (seeds, evaluations, 2)
-        if len({tuple(c[:, 0]) for c in curves}) > 1:
-            continue
         (line,) = ax.plot(curves[0, :, 0], curves[..., 1].mean(0), "o-", ms=3,
                           label=f"{base.wm_steps:,} model updates" if name == "base" else name)
         color = line.get_color()
