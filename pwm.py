@@ -38,10 +38,9 @@ Deviations from the paper (the released code's own are not repeated):
     an ant lie near 250 and differ by 2: networks that had to follow the 250 lagged behind, and their slopes misled the
     actor.
 12. And actors begin with actions near 0: an untrained one throws down an ANYmal that stands by itself.
-13. Their world models have no SimNorm: the latent is the scaled observation beside learnt features, and F predicts its
-    change. In 1/60 s a body changes less than F, trained for minutes, errs when it has to make a latent anew: SimNorm
-    models knew a hopper's next state worse than "nothing changes" does; and an encoder that only has to please itself
-    drops what it cannot foresee, a third of a humanoid's state (--activation simnorm is the paper's).
+13. Their world models have no SimNorm: F predicts the change of a latent without activation, and observations are
+    scaled. In 1/60 s a body changes less than F, trained for minutes, errs when it has to make a latent anew: SimNorm
+    models knew a hopper's next state worse than "nothing changes" does (--activation simnorm is the paper's).
 """
 import contextlib
 import copy
@@ -112,8 +111,7 @@ class Args:
     four tasks, or on those of --task; stiffness: SHAC and PWM on soft and stiff contacts; latency: ms per action"""
     activation: Literal["simnorm", "mish", "relu", "residual"] | None = None
     """of the world model: Mish, with SimNorm where a latent is made (Sec. 3.3); Mish or ReLU everywhere (Fig. 8a);
-    residual: Mish, and a latent of observation and features whose change F predicts (default for --episodic:
-    deviation 13)"""
+    residual: Mish, and a latent without activation whose change F predicts (default for --episodic: deviation 13)"""
     shared_policy: bool = False
     """one actor and critic for all tasks, which see the task's embedding (Fig. 18)"""
     td_actor: bool = False
@@ -344,8 +342,7 @@ class WorldModel(nn.Module):
                        "residual": (mish, nn.Identity())}[activation]
         block = functools.partial(NormedLinear, act=inner)
         self.episodic, self.activation, self.residual = bool(episodic), activation, activation == "residual"
-        self.obs_dim, self.act_dims, self.task_dim = obs_dim, tuple(act_dims), task_dim
-        self.latent = latent + obs_dim * self.residual  # the observation itself comes first
+        self.obs_dim, self.act_dims, self.latent, self.task_dim = obs_dim, tuple(act_dims), latent, task_dim
         self.tasks = ()  # names of the task rows, where known
         A = max(act_dims)
         self.register_buffer("act_mask", torch.tensor([[float(j < d) for j in range(A)] for d in act_dims]),
@@ -353,13 +350,13 @@ class WorldModel(nn.Module):
         widths = [obs_dim + task_dim] + [enc_hidden] * max(enc_layers - 1, 1)
         self.encoder = nn.Sequential(*(block(i, j) for i, j in zip(widths, widths[1:])),
                                      NormedLinear(widths[-1], latent, last))
-        i = self.latent + task_dim + A
-        self.dynamics = nn.Sequential(block(i, hidden), block(hidden, hidden), nn.Linear(hidden, self.latent)
+        i = latent + task_dim + A
+        self.dynamics = nn.Sequential(block(i, hidden), block(hidden, hidden), nn.Linear(hidden, latent)
                                       if self.residual else NormedLinear(hidden, latent, last))
         self.reward_head = nn.Sequential(block(i, hidden), block(hidden, hidden),
                                          nn.Linear(hidden, 1 if episodic else BINS))
         if episodic:
-            self.end_head = nn.Sequential(block(self.latent + task_dim, hidden), nn.Linear(hidden, 1))
+            self.end_head = nn.Sequential(block(latent + task_dim, hidden), nn.Linear(hidden, 1))
             self.register_buffer("rew_std", torch.ones(()))  # this and the next two: of all steps collected so far
             self.register_buffer("obs_mean", torch.zeros(obs_dim))
             self.register_buffer("obs_std", torch.ones(obs_dim))
@@ -377,8 +374,7 @@ class WorldModel(nn.Module):
     def encode(self, obs, task):
         if self.episodic:
             obs = (obs - self.obs_mean) / self.obs_std
-        z = self.encoder(self.with_task(obs, task))
-        return torch.cat([obs, z], -1) if self.residual else z  # (.., B, L)
+        return self.encoder(self.with_task(obs, task))  # (.., B, L)
 
     def next(self, z, act, task):
         out = self.dynamics(torch.cat([self.with_task(z, task), act], -1))  # (.., B, L)
@@ -915,8 +911,7 @@ def load_world_model(path, device="cpu"):
         raise SystemExit(f"{path} has {rew[-1]['weight'].shape[0]} reward classes and {act_dim} actions for {n} tasks; "
                          f"expected {BINS} and {max(dims)}: not a world model of this family")
     wm = WorldModel(enc[0]["weight"].shape[1] - e, dims, len(enc), enc[0]["weight"].shape[0],
-                    dyn[0]["weight"].shape[0], enc[-1]["weight"].shape[0], e, bool(end),
-                    file.get("args", {}).get("activation", "simnorm"))
+                    dyn[0]["weight"].shape[0], latent, e, bool(end), file.get("args", {}).get("activation", "simnorm"))
     scales = {k: v for k, v in wm.state_dict().items() if k in ("obs_mean", "obs_std")}  # not in older files: 0 and 1
     state = scales | {k: weights[k] for k in ("task_emb.weight", "rew_std", *scales) if k in weights}
     for name, layers in (("encoder", enc), ("dynamics", dyn), ("reward_head", rew), ("end_head", end)):
@@ -1053,13 +1048,11 @@ BUDGETS = {  # what the flags that were left out become, by device and number of
                  wm_lr=1e-3, policy_steps=20, policy_batch=8, critic_passes=1, eval_episodes=1)}
 
 
-def model_dims(size, n_tasks, mt80=False, residual=False):
-    """Keyword arguments of WorldModel for a model size; 19M and the task embedding differ between MT30 and MT80, and a
-    residual model has the observation beside half as many features."""
+def model_dims(size, n_tasks, mt80=False):
+    """Keyword arguments of WorldModel for a model size; 19M and the task embedding differ between MT30 and MT80."""
     layers, enc, hidden, latent, _, emb = SIZES[size]
     if mt80:
         latent, emb = 768 if size == 19 else latent, 96
-    latent = latent // 2 if residual else latent
     return dict(enc_layers=layers, enc_hidden=enc, hidden=hidden, latent=latent, task_dim=emb if n_tasks > 1 else 0)
 
 
@@ -1333,15 +1326,13 @@ class Trainer:
         else:
             wm = load_world_model(args.checkpoint) if args.checkpoint else WorldModel(
                 max(f.obs_dim for f in self.facts), [f.act_dim for f in self.facts], episodic=args.episodic,
-                activation=args.activation,
-                **model_dims(args.model_size, len(tasks), tasks == MT80, args.activation == "residual"))
+                activation=args.activation, **model_dims(args.model_size, len(tasks), tasks == MT80))
         wm.tasks = wm.tasks or tasks
         self.args = args = replace(args, episodic=wm.episodic, activation=wm.activation)  # a file says what it is
         if args.checkpoint and args.model_size:
-            asked = model_dims(args.model_size, len(wm.act_dims), len(wm.act_dims) == len(MT80), wm.residual)["latent"]
-            has = wm.encoder[-1].out_features
-            if asked != has:
-                raise SystemExit(f"{args.checkpoint} has {has} latents and --model-size {args.model_size} means "
+            asked = model_dims(args.model_size, len(wm.act_dims), len(wm.act_dims) == len(MT80))["latent"]
+            if asked != wm.latent:
+                raise SystemExit(f"{args.checkpoint} has {wm.latent} latents and --model-size {args.model_size} means "
                                  f"{asked}: leave --model-size out, the file says the sizes")
         self.rows = task_rows(wm, tasks, self.facts, args.checkpoint)  # (N,) rows of the world model's task table
         policies = ((SharedActor(wm, self.rows), SharedCritics(wm, self.rows)) if args.shared_policy
