@@ -2196,7 +2196,8 @@ def ablations(args, run, device_text):
     base = replace(args, ablation=None, seeds=None, resume=None, **{
         k: v for k, v in (ABLATION_FAST if args.fast else ABLATION_CELL).items() if getattr(args, k) is None})
     if base.data_dir is None:
-        made = replace(args, ablation=None, seeds=None, resume=None, **(ABLATION_FAST if args.fast else ABLATION_DATA))
+        made = replace(args, ablation=None, seeds=None, resume=None, eval_every=0,
+                       **(ABLATION_FAST if args.fast else ABLATION_DATA))
         data = run_cell(made, run, "data")
         base = replace(base, data_dir=f"{data['folder']}/episodes")
     many = args.seeds or (5 if "activation" in wanted else 3)
