@@ -729,8 +729,9 @@ def _muscle_xml():
 def _scene(defaults, body, actuators, tendons=""):
     return (f'<mujoco><compiler angle="radian"/>{defaults}<asset><texture name="grid" type="2d" builtin="checker" '
             'width="300" height="300" rgb1=".2 .3 .4" rgb2=".3 .4 .5"/><material name="grid" texture="grid" '
-            'texrepeat="60 60"/></asset><worldbody><light pos="0 0 4" dir="0 0 -1"/>'
-            f'<geom name="floor" type="plane" size="40 40 1" material="grid"/>{body}</worldbody>'
+            'texrepeat="1 1" texuniform="true"/></asset><worldbody><light directional="true" castshadow="false" '
+            'pos="0 0 4" dir="0.3 0.5 -1"/><geom name="floor" type="plane" size="0 0 1" material="grid"/>'
+            f'{body}</worldbody>'
             f'<tendon>{tendons}</tendon><actuator>{actuators}</actuator></mujoco>')
 
 
