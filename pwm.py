@@ -42,7 +42,7 @@ Deviations from the paper (the released code's own are not repeated):
     scaled. In 1/60 s a body changes less than F, trained for minutes, errs when it has to make a latent anew: SimNorm
     models knew a hopper's next state worse than "nothing changes" does (--activation simnorm is the paper's).
 14. And their rate falls from round to round, as the policies' does: every round moves the latent, and an ANYmal's actor
-    that got 6,898 with its model got 14 with that of two rounds later.
+    that got 6,898 with its model got 14 with that of four rounds later.
 """
 import contextlib
 import copy

@@ -5578,6 +5578,8 @@ def test_a_body_stopped_among_its_windows_and_resumed_ends_at_the_same_numbers(t
         ends.append((state, rows))
     (a, one), (b, two) = ends
     assert a["windows"]["steps"] == 12 * 4 * 8 and a["counts"] == b["counts"]
+    rates = [g["lr"] for g in a["opts"]["model"]["param_groups"]]  # of step 3 of 3 in round 2 of 2
+    assert rates == pytest.approx([0.3 * rates[1], 1e-3 / 2 * (0.03 + 2 * 0.97 / 3)])
     collected = sum(h["steps"] for h in a["history"] if "steps" in h)
     assert collected < one["length"].sum() <= collected + 12 * 4 * 8  # what the windows did is data
     for part in ("wm", "actors", "critics", "windows"):
