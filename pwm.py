@@ -2469,6 +2469,8 @@ def main(args: Args, root="runs"):
                     check_model(trainer, episodes, r, log)
             save(stage + 1, 0)
             where["step"] = 0
+        if world > 1:
+            torch.distributed.destroy_process_group()  # its threads would abort a process that ends with them
         if rank:
             return None
         columns, latency = evaluate(workers, trainer, progress)
