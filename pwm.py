@@ -1095,6 +1095,8 @@ def fill_budget(args, device, n_tasks, world):
     if world > 1 and heads:
         raise SystemExit("the TD-MPC2 baseline trains on one process: leave --planner-episodes and --prior out under "
                          "torchrun")
+    if args.eval_every < 0:
+        raise SystemExit(f"--eval-every {args.eval_every}: expected policy updates, e.g. 100, or 0 for none")
     if args.eval_only and not args.checkpoint:
         raise SystemExit("--eval-only needs --checkpoint runs/<name>/checkpoint.pt")
     if args.workers < 1:
@@ -1709,8 +1711,10 @@ def plot(rows, names, history, seconds, folder):
     if not rounds and tests:
         fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
         for r in rows:
-            ax.plot([h["policy_updates"] for h in tests], [h["evaluation"][r["task"]] for h in tests], "o-", ms=3)
+            ax.plot([h["policy_updates"] for h in tests], [h["evaluation"][r["task"]] for h in tests], "o-", ms=3,
+                    label=r["task"])
         ax.set(xlabel="policy updates", ylabel="return")
+        ax.legend(fontsize=6)
         fig.savefig(folder / "curve.png", dpi=120)
         plt.close(fig)
     if not rounds:

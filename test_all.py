@@ -5828,8 +5828,12 @@ def test_a_policy_learns_not_to_end_the_episode(tmp_path, monkeypatch):
     task = torch.zeros(2, dtype=torch.long)
     ends = wm.end(wm.next(wm.encode(x, task), torch.ones(2, 1), task), task).sigmoid()
     assert ends[0] > 0.8 > 0.2 > ends[1]
+    films = []  # of the better of the last and the kept policy
+    monkeypatch.setattr(pwm, "choose_gl", lambda: None)
+    monkeypatch.setattr(pwm, "record", lambda run, tasks, greedy, seed: films.append(greedy.keywords["best"]))
     again = pwm.main(pwm.Args(task=settings["task"], device="cpu", workers=1, eval_only=True, eval_episodes=4,
-                              checkpoint=str(folder / "checkpoint.pt")))
+                              capture_video=True, checkpoint=str(folder / "checkpoint.pt")))
+    assert films == [again["table"][0]["best round"] > again["table"][0]["ours"]]
     assert again["table"][0]["ours"] == pytest.approx(table["ours"], abs=8)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["where"]["best"] == max(h["return"][settings["task"]] for h in rounds if h["round"])
@@ -5863,6 +5867,7 @@ def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch,
     (dict(ablation="shared", seeds=1), "--seeds 1: expected 2"), (dict(ablation="all", checkpoint="x.pt"), "its own"),
     (dict(task="cup-catch", shared_policy=True), "two or more"),
     (dict(task="cup-catch", activation="relu", checkpoint="x.pt"), "--activation relu.*whose file says it"),
+    (dict(task="hopper", eval_every=-1), "--eval-every -1: expected"),
     (dict(task="hopper", true_plant=True), "hopper has none: type --task planar-hopper or stiff-hopper"),
     (dict(task="hopper", episodic=True, planner_episodes=1), "--planner-episodes.*--no-episodic"),
     (dict(task="hoper"), "nearest: .*hopper")])
@@ -5876,7 +5881,8 @@ def test_bad_flags_of_studies_and_bodies_get_one_sentence(settings, words, tmp_p
 # ------------------------------------------------------------------------------------------------- PWM's ablations
 def test_ablations_train_variants_on_the_same_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    settings = dict(task=f"{TINY['task']},{WALK}", fast=True, seeds=2, device="cpu", workers=1, horizon=4)
+    settings = dict(task=f"{TINY['task']},{WALK}", fast=True, seeds=2, device="cpu", workers=1, horizon=4,
+                    activation="relu")
     first = pwm.main(pwm.Args(ablation="shared", eval_every=2, **settings))
     names = [r["variant"] for r in first["rows"]]
     assert names == ["base", "one policy for all tasks"]
@@ -5884,6 +5890,7 @@ def test_ablations_train_variants_on_the_same_data(tmp_path, monkeypatch, capsys
     assert [c["args"]["seed"] for c in base] == [1, 2] and base[0]["args"]["data_dir"] == shared[1]["args"]["data_dir"]
     assert base[0]["errors"] and shared[0]["args"]["shared_policy"] and base[0]["args"]["checkpoint"] is None
     assert shared[1]["args"]["checkpoint"] == base[1]["folder"] + "/checkpoint.pt" and not shared[1]["errors"]
+    assert shared[1]["args"]["activation"] == "relu"  # the file says so: a checkpoint made from it must say it again
     curves = [c["curve"] for k in names for c in first["cells"][k]]
     assert [[x for x, _ in curve] for curve in curves] == [[2, 3]] * 4  # of three policy updates
     assert curves[0][-1][1] == pytest.approx(np.mean(list(base[0]["returns"]["ours"].values())), abs=1e-3)
