@@ -4,7 +4,7 @@
     env = make_env("Boxing", obs="pixels")         # an Atari game: discrete actions, 64 x 64 RGB
     env = make_env("ant")                          # a body of LOCOMOTION; "ball-wall", "double-pendulum": toys
     with Herd("ant", 64) as herd:                  # 64 of them stepping together on all cores, no processes
-        obs = herd.reset()
+        obs = herd.reset()                        # Flock: the same for any other task, without the speed
     state = plant("planar-hopper").step(state, act)   # differentiable dynamics in torch
     with Workers(2) as workers:                    # batched roll-outs in two processes
         episodes = workers.rollout([("walker-walk", 0), ("cup-spin", 1)], policy)
@@ -942,7 +942,7 @@ class Herd:
     def __init__(self, task, n, seed=0, threads=None):
         threads = (os.cpu_count() or 1) if threads is None else threads
         if task not in LOCOMOTION:
-            raise SystemExit(f"Herd steps {', '.join(LOCOMOTION)}, not {task!r}: use Workers for other tasks")
+            raise SystemExit(f"Herd steps {', '.join(LOCOMOTION)}, not {task!r}: use Flock for other tasks")
         if n < 1 or threads < 1:
             raise SystemExit(f"Herd got n={n}, threads={threads}; expected 1 or more of each")
         self.task, self.n, self.seed, self.facts = task, n, seed, task_facts(task)
@@ -993,6 +993,68 @@ class Herd:
         if len(rows := np.flatnonzero(terminated | truncated)):
             self._begin(rows)
             obs = self._body.observe(self._state, self._last).astype(np.float32)
+        return obs, rew.astype(np.float32), terminated, truncated, last
+
+
+class Flock:
+    """The interface of Herd for n environments of any other task, stepping one after the other in this process.
+
+    A foreign environment does not show its state: `state` holds every row's actions since its episode began, and
+    `load` does them again, which is exact where seed and actions fix an episode."""
+
+    def __init__(self, task, n, seed=0):
+        self.task, self.n, self.seed, self.facts = task, n, seed, task_facts(task)
+        self._envs = [make_env(task) for _ in range(n)]
+        self.t, self._episode = np.zeros(n, int), np.zeros(n, int)
+        self._acts = np.zeros((n, self.facts.episode_length, self.facts.act_dim), np.float32)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """Free the simulations."""
+        for env in self._envs:
+            env.close()
+
+    def state(self):
+        """Arrays from which `load` goes on with the same steps."""
+        return dict(t=self.t.copy(), episode=self._episode.copy(), acts=self._acts.copy())
+
+    def load(self, state):
+        """Go on from what `state` returned -> obs (n, O) float32."""
+        self.t, episode, self._acts = (np.array(state[k]) for k in ("t", "episode", "acts"))
+        self._episode = episode - 1
+        obs = np.stack([self._begin(i) for i in range(self.n)])
+        for i, env in enumerate(self._envs):
+            for act in self._acts[i, :self.t[i]]:
+                obs[i] = env.step(act)[0]
+        return obs
+
+    def _begin(self, i):
+        (seed,) = np.random.SeedSequence([self.seed, i, self._episode[i]]).generate_state(1)
+        self._episode[i] += 1
+        return self._envs[i].reset(seed=int(seed))[0]
+
+    def reset(self):
+        """Start an episode in every row -> obs (n, O) float32."""
+        self.t[:] = 0
+        return np.stack([self._begin(i) for i in range(self.n)])
+
+    def step(self, act):
+        """As Herd.step: act (n, A) -> obs (n, O), rew (n,), terminated (n,), truncated (n,), last (n, O)."""
+        act, (n, _, A) = np.asarray(act, np.float32), self._acts.shape
+        if act.shape != (n, A) or not np.isfinite(act).all():
+            raise _bad_actions(self.task, act, (n, A))
+        self._acts[np.arange(n), self.t] = act
+        last, rew, terminated, truncated, _ = (
+            np.array(x) for x in zip(*(env.step(a) for env, a in zip(self._envs, act))))
+        self.t += 1
+        obs = last.copy()
+        for i in np.flatnonzero(terminated | truncated):
+            obs[i], self.t[i] = self._begin(i), 0
         return obs, rew.astype(np.float32), terminated, truncated, last
 
 

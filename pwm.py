@@ -24,12 +24,12 @@ Deviations from the paper (the released code's own are not repeated):
  5. Actions are masked to the task's own dimensions in imagination too; the release lets policies use untrained inputs.
  6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)); start states come from every episode.
  7. Own data: half of the roll-outs with current policies are disturbed by short random actions (see `collect`).
- 8. Single tasks that end (--episodic): for a body of LOCOMOTION the flags come, as in the release, from bodies that do
-    in the environment what imagination does, and what they did is data (`Windows`). A gymnasium id cannot go on from
-    any state, and given data (--data-dir) have no bodies: there a head, which the release has not, learns which steps
-    end an episode, and imagined returns and the critics' steps are weighted by the probability to come so far.
+ 8. Single tasks that end (--episodic): the flags come, as in the release, from bodies that do in the environment what
+    imagination does, and what they did is data (`Windows`). Given data (--data-dir) have no bodies: there a head, which
+    the release has not, learns which steps end an episode, and imagined returns and the critics' steps are weighted by
+    the probability to come so far.
  9. There, rewards are divided by their deviation and not centred, which would make an end as good as going on; and own
-    data of mixed quality take the place of SHAC's. Imagination of a gymnasium id starts in every stored state.
+    data of mixed quality take the place of SHAC's. On given data imagination starts in every stored state.
 10. On a CPU these tasks imagine 6 steps instead of 16, train on 6-step sequences, learn in sixty short rounds, and
     critics at 1e-3 and actors at 3e-4 instead of 5e-4: critics have to keep up with values that change when a policy
     begins to stand, and Adam at 1e-3 moves the 153,000 parameters of an actor by up to 0.39 per update (their root
@@ -69,7 +69,7 @@ import torch.nn.functional as F
 import tyro
 
 from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
-from envs import LOCOMOTION, SUITES, TOY, Herd, Workers, choose_gl, make_env, plant, score, task_facts
+from envs import LOCOMOTION, SUITES, TOY, Flock, Herd, Workers, choose_gl, make_env, plant, score, task_facts
 
 MT30, MT80 = SUITES["mt30"], SUITES["mt80"]
 
@@ -1254,12 +1254,16 @@ def pieces(episode):
 class Windows:
     """Bodies beside the imagination, as in the released code (deviation 8): B of them go on for H steps with the
     actions of the next imagined windows, which start where they are, and tell which windows ended. A body that has
-    ended, or done all its steps, begins anew; a window in which the latter happens goes on in imagination.
+    ended, or done all its steps, begins anew; a window in which the latter happens goes on in imagination. An end has
+    no slope: policies learn to avoid it from the values of windows that went on, so that H has to be well below the
+    length of episodes.
     What they did is data for the world model: `pieces` holds what `store` has not written yet."""
 
     def __init__(self, trainer):
         a, f = trainer.args, trainer.facts[0]
-        self.trainer, self.herd, self.steps = trainer, Herd(trainer.tasks[0], a.policy_batch, a.seed, a.workers), 0
+        self.trainer, self.steps, t = trainer, 0, trainer.tasks[0]
+        self.herd = (Herd(t, a.policy_batch, a.seed, a.workers) if t in LOCOMOTION
+                     else Flock(t, a.policy_batch, a.seed))
         self.obs = self.herd.reset()  # (B, O)
         rows = {"obs": (PIECE + 1, f.obs_dim), "act": (PIECE, f.act_dim), "rew": (PIECE,)}
         self.book = {k: np.zeros((a.policy_batch, *row), np.float32) for k, row in rows.items()}  # of unfinished pieces
@@ -1361,8 +1365,7 @@ class Trainer:
         self.model_fn, *self.policy_fns = (prepare(f, amp, args.compile) for f in (parallel, actor_loss, critic_loss))
         self.where = dict(stage=0, step=0, policy_updates=0, seconds=0.0, best=-math.inf)  # next work, best roll-outs
         self.history = []
-        own_body = args.episodic and tasks[0] in LOCOMOTION and not (args.data_dir or args.eval_only)
-        self.windows = Windows(self) if own_body else None
+        self.windows = Windows(self) if args.episodic and not (args.data_dir or args.eval_only) else None
 
     def update_model(self, sampler, progress, rank=0, world=1, calm=1.0):
         """One world-model step; its learning rate follows `progress` in [0, 1), the position in the round, and `calm`,
@@ -2553,6 +2556,9 @@ def roll_out(trainer, workers, episodes, n, r, episode, progress, log):
         trainer.history[-1] |= {"steps": sum(length), "length": float(np.mean(length)),
                                 "window_steps": trainer.windows.steps if trainer.windows else 0}  # in all so far
         progress.line(f"round {r}: {len(played)} episodes of {np.mean(length):.0f} steps on average", True)
+        if np.mean(length) < trainer.args.horizon and trainer.windows:
+            print(f"round {r}: nearly all imagined windows of {trainer.args.horizon} steps end, and only those that go "
+                  f"on teach what an end costs: try --horizon {max(1, round(np.mean(length) / 2))}")
     log({f"rollout/{t}/return": v for t, v in returns.items()} | {"charts/episodic_return": mean})
     progress.add("steps", n * episode, time.time() - began)
     progress.line(f"round {r}: {n} episodes per task, mean return {mean:.1f}", True)

@@ -5232,6 +5232,37 @@ def test_a_herd_equals_single_environments_for_any_number_of_threads(task):
     assert ends == 1
 
 
+@pytest.mark.parametrize("task", ["InvertedPendulum-v5", "hopper-hop"])
+def test_a_flock_equals_single_environments_and_goes_on_from_its_actions(task):
+    acts = np.random.default_rng(0).uniform(-1, 1, (40, 3, envs.task_facts(task).act_dim))
+    with envs.Flock(task, 3, seed=4) as flock, envs.Flock(task, 3, seed=5) as other:
+        out = [flock.reset()]
+        for act in acts[:20]:
+            out.append(flock.step(act))
+        state = flock.state()
+        for act in acts[20:]:
+            out.append(flock.step(act))
+        assert any(a.any() for _, _, a, _, _ in out[1:]) == (task == "InvertedPendulum-v5")
+        other.seed = 4
+        np.testing.assert_array_equal(other.load(state), out[20][0])
+        for act, want in zip(acts[20:], out[21:]):
+            for x, y in zip(other.step(act), want):
+                np.testing.assert_array_equal(x, y)
+        with pytest.raises(SystemExit, match=r"\(2, .*expected finite \(3, "):
+            flock.step(acts[0, :2])
+    env, i, k = envs.make_env(task), 1, 0
+    for t, act in enumerate(acts):
+        if t == 0 or want[2]:
+            (seed,) = np.random.SeedSequence([4, i, k]).generate_state(1)
+            start, k = env.reset(seed=int(seed))[0], k + 1
+            np.testing.assert_array_equal(out[t][0][i] if t else out[0][i], start)
+        want = env.step(act[i])
+        obs, rew, term, trunc, last = (x[i] for x in out[t + 1])
+        np.testing.assert_array_equal(last, want[0])
+        assert rew == np.float32(want[1]) and (term, trunc) == want[2:4] and (term or (obs == last).all())
+    assert (k > 2) == (task == "InvertedPendulum-v5")
+
+
 def test_rollouts_of_a_body_equal_the_plain_loop():
     jobs = [("hopper", s) for s in (5, 6, 7, 5)]
     want = plain_loop(jobs, policy(3), 11)
@@ -5363,7 +5394,7 @@ def test_toys_are_environments_too(task):
 
 
 @pytest.mark.parametrize("call, sentence", [
-    (lambda: envs.Herd("walker-walk", 2), "hopper, ant.*'walker-walk'.*Workers"),
+    (lambda: envs.Herd("walker-walk", 2), "hopper, ant.*'walker-walk'.*Flock"),
     (lambda: envs.Herd("ant", 0), "n=0.*1 or more of each"),
     (lambda: envs.make_env("hoper"), "unknown task 'hoper'.*hopper"),
     (lambda: envs.make_env("ball-wall", obs="pixels"), "draws no frames.*obs='state'"),
@@ -5548,8 +5579,9 @@ def test_long_episodes_are_stored_in_pieces(monkeypatch):
     assert np.array_equal(parts[2][0][-1], whole["obs"][-1]) and np.array_equal(parts[1][0][0], parts[0][0][-1])
 
 
-def test_a_body_stopped_among_its_windows_and_resumed_ends_at_the_same_numbers(tmp_path, monkeypatch):
-    tiny = {**TINY, "task": "hopper", "wm_steps": 6, "policy_steps": 12, "seed_episodes": 1, "round_episodes": 1,
+@pytest.mark.parametrize("task", ["hopper", "InvertedPendulum-v5"])
+def test_a_body_stopped_among_its_windows_and_resumed_ends_at_the_same_numbers(task, tmp_path, monkeypatch):
+    tiny = {**TINY, "task": task, "wm_steps": 6, "policy_steps": 12, "seed_episodes": 1, "round_episodes": 1,
             "critic_passes": 1, "save_every": 0.0}
     ends = []
     for name in ("whole", "stopped"):
@@ -5567,14 +5599,14 @@ def test_a_body_stopped_among_its_windows_and_resumed_ends_at_the_same_numbers(t
                 m.setattr(pwm, "update_policies", dies)
                 pwm.main(pwm.Args(**tiny))
             stored = Episodes.open(last_run(".") / "episodes")
-            arrays = stored.arrays("hopper")
-            stored.append("hopper", *([arrays[k][0, :n]] for k, n in (("obs", arrays["length"][0] + 1), *(
+            arrays = stored.arrays(task)
+            stored.append(task, *([arrays[k][0, :n]] for k, n in (("obs", arrays["length"][0] + 1), *(
                 (k, arrays["length"][0]) for k in ("act", "rew", "term")))))  # written, and no checkpoint after it
             pwm.main(pwm.Args(resume=str(last_run("."))))
         else:
             pwm.main(pwm.Args(**tiny))
         state = torch.load(last_run(".") / "checkpoint.pt", weights_only=True)
-        rows = Episodes.open(last_run(".") / "episodes").arrays("hopper")
+        rows = Episodes.open(last_run(".") / "episodes").arrays(task)
         ends.append((state, rows))
     (a, one), (b, two) = ends
     assert a["windows"]["steps"] == 12 * 4 * 8 and a["counts"] == b["counts"]
@@ -5813,7 +5845,7 @@ gymnasium.register("Cliff-v0", entry_point=Cliff, max_episode_steps=60)
 def test_a_policy_learns_not_to_end_the_episode(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {**TINY, "task": "test_all:Cliff-v0", "rounds": 3, "seed_episodes": 6, "round_episodes": 4,
-                "wm_steps": 400, "wm_batch": 32, "policy_steps": 120, "policy_batch": 16, "horizon": 12,
+                "wm_steps": 400, "wm_batch": 32, "policy_steps": 120, "policy_batch": 16, "horizon": 6,
                 "wm_horizon": 4, "wm_lr": 1e-3, "eval_episodes": 4, "first_model": 0.6, "last_model": 0.2,
                 "first_policy": 0.3}
     result = pwm.main(pwm.Args(**settings))
@@ -5839,6 +5871,9 @@ def test_a_policy_learns_not_to_end_the_episode(tmp_path, monkeypatch):
     assert state["where"]["best"] == max(h["return"][settings["task"]] for h in rounds if h["round"])
     assert not torch.equal(state["best"]["actors.log_std"], state["actors"]["log_std"])  # kept before the last updates
     assert again["table"][0]["best round"] == pytest.approx(table["best round"], abs=8) and table["best round"] > 25
+    given = pwm.main(pwm.Args(**{**settings, "data_dir": str(folder / "episodes"), "horizon": 12,
+                             "policy_steps": 60}))
+    assert given["table"][0]["ours"] > 40  # on given data no environments tell the ends: the head does
 
 
 def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch, capsys):
@@ -5846,6 +5881,7 @@ def test_episodes_shorter_than_the_horizon_and_a_body_run(tmp_path, monkeypatch,
     tiny = {**TINY, "wm_steps": 8, "policy_steps": 4, "seed_episodes": 2, "horizon": 16, "wm_horizon": 16}
     walk = pwm.main(pwm.Args(**{**tiny, "task": WALK, "round_episodes": 1, "workers": 1}))
     assert np.isfinite(walk["table"][0]["ours"]) and walk["args"]["episodic"]
+    assert "windows of 16 steps end" in (out := capsys.readouterr().out) and re.search(r"try --horizon [1-6]\n", out)
     stored = Episodes.open(last_run(tmp_path) / "episodes").arrays(WALK)
     assert stored["length"].max() <= 12 and len(stored["length"]) >= 2 * 64
     body = pwm.main(pwm.Args(**{**tiny, "task": "hopper", "seed_episodes": 1, "round_episodes": 1}))
