@@ -2179,7 +2179,7 @@ ABLATIONS = {
                    {"Mish without SimNorm": dict(activation="mish"), "ReLU without SimNorm": dict(activation="relu")}),
     "model-updates": ("policies need a well-trained model (Fig. 8b)", -1,
                       {"400 model updates, not 2,000": dict(wm_steps=400)}),
-    "prior": ("PWM's policies are above TD-MPC2's without planning (Figs. 8b, 18)", -1,
+    "prior": ("TD-MPC2 without planning is below PWM on the same model, the row before it (Figs. 8b, 18)", -1,
               {"TD-MPC2 without planning": dict(prior=True)}),
     "wm-horizon": ("models trained on 16 steps are marginally better (Fig. 14)", 1,
                    {"model trained on 16 steps": dict(wm_horizon=16)}),
@@ -2232,8 +2232,12 @@ def ablations(args, run, device_text):
                                    activation=None)  # the file says both
                 cells[variant].append(run_cell(cell, run, f"{variant.replace(' ', '-')}-{seed}"))
     rows = [ablation_row("base", "base", cells["base"], cells["base"], tasks, 0)]
-    rows += [ablation_row(name, variant, cells[variant], cells["base"], tasks, ABLATIONS[name][1])
-             for name in wanted for variant in ABLATIONS[name][2]]
+    for name in wanted:
+        for variant in ABLATIONS[name][2]:
+            against = cells[variant if name == "prior" else "base"]
+            if name == "prior":  # TD-MPC2's Q has a part in this model: what it does to PWM's policies is another row
+                rows.append(ablation_row("base", "PWM on TD-MPC2's model", against, cells["base"], tasks, 0))
+            rows.append(ablation_row(name, variant, cells[variant], against, tasks, ABLATIONS[name][1]))
     print(f"\n{'variant':34}{'seeds':>6}{'return, mean over tasks':>25}{'minus base, paired':>26}{'latent error':>14}"
           "   claim")
     for r in rows:
@@ -2297,8 +2301,8 @@ def run_cell(args, run, name):
 
 
 def ablation_row(name, variant, cells, base, tasks, expected):
-    """One line of the table: returns per seed (mean over tasks), paired difference with its 95 % interval over seeds
-    (redrawn within each task), and one word for the paper's claim."""
+    """One line of the table: returns per seed (mean over tasks), paired difference to PWM's policies of `base` with its
+    95 % interval over seeds (redrawn within each task), and one word for the paper's claim."""
     column = "prior" if name == "prior" else "ours"
     mine = np.array([[c["returns"][column][t] for t in tasks] for c in cells])  # (seeds, tasks)
     theirs = np.array([[c["returns"]["ours"][t] for t in tasks] for c in base])[:len(mine)]

@@ -5919,16 +5919,20 @@ def test_ablations_train_variants_on_the_same_data(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     settings = dict(task=f"{TINY['task']},{WALK}", fast=True, seeds=2, device="cpu", workers=1, horizon=4,
                     activation="relu")
-    first = pwm.main(pwm.Args(ablation="shared", eval_every=2, **settings))
-    names = [r["variant"] for r in first["rows"]]
-    assert names == ["base", "one policy for all tasks"]
-    base, shared = (first["cells"][k] for k in names)
+    first = pwm.main(pwm.Args(ablation="shared,prior", eval_every=2, **settings))
+    names = list(first["cells"])
+    assert names == ["base", "one policy for all tasks", "TD-MPC2 without planning"]
+    assert [r["variant"] for r in first["rows"]] == [*names[:2], "PWM on TD-MPC2's model", names[2]]
+    base, shared, tdmpc2 = (first["cells"][k] for k in names)
+    mean = {c: np.array([np.mean(list(x["returns"][c].values())) for x in tdmpc2]) for c in ("ours", "prior")}
+    assert first["rows"][2]["returns"] == pytest.approx(mean["ours"])
+    assert first["rows"][3]["difference"] == pytest.approx((mean["prior"] - mean["ours"]).mean())
     assert [c["args"]["seed"] for c in base] == [1, 2] and base[0]["args"]["data_dir"] == shared[1]["args"]["data_dir"]
     assert base[0]["errors"] and shared[0]["args"]["shared_policy"] and base[0]["args"]["checkpoint"] is None
     assert shared[1]["args"]["checkpoint"] == base[1]["folder"] + "/checkpoint.pt" and not shared[1]["errors"]
     assert shared[1]["args"]["activation"] == "relu"  # the file says so: a checkpoint made from it must say it again
     curves = [c["curve"] for k in names for c in first["cells"][k]]
-    assert [[x for x, _ in curve] for curve in curves] == [[2, 3]] * 4  # of three policy updates
+    assert [[x for x, _ in curve] for curve in curves] == [[2, 3]] * 6  # of three policy updates
     assert curves[0][-1][1] == pytest.approx(np.mean(list(base[0]["returns"]["ours"].values())), abs=1e-3)
     assert next((tmp_path / "runs").glob("shared*/efficiency.png")).stat().st_size > 5000
     assert first["rows"][0]["ci95"] == [0, 0] and all(r["verdict"] in ("", "undecided") for r in first["rows"])
