@@ -2264,13 +2264,13 @@ def figure_efficiency(path, cells, base):
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, made in cells.items():
         curves = np.array([c["curve"] for c in made])  # (seeds, evaluations, 2)
-        (line,) = ax.plot(curves[0, :, 0], curves[..., 1].mean(0), "o-", ms=3,
-                          label=f"{base.wm_steps:,} model updates" if name == "base" else name)
+        priors = [np.mean(list(c["returns"]["prior"].values())) for c in made if "prior" in c["returns"]]
+        label = f"{base.wm_steps:,} model updates" if name == "base" else "PWM on TD-MPC2's model" if priors else name
+        (line,) = ax.plot(curves[0, :, 0], curves[..., 1].mean(0), "o-", ms=3, label=label)
         color = line.get_color()
         ax.fill_between(curves[0, :, 0], curves[..., 1].min(0), curves[..., 1].max(0), color=color, alpha=0.15)
-        priors = [np.mean(list(c["returns"]["prior"].values())) for c in made if "prior" in c["returns"]]
         if priors:
-            ax.axhline(np.mean(priors), color=color, ls="--", label=f"{name}: its prior")
+            ax.axhline(np.mean(priors), color=color, ls="--", label=name)
     ax.set(xlabel="policy updates", ylabel="return, mean over tasks")
     ax.legend(fontsize=8)
     fig.savefig(path, dpi=120)
