@@ -2339,8 +2339,8 @@ def stiffness(args, run, device_text):
         print(f"{name:22}" + "".join(f"{x:9.0f}" for x in row["returns"])
               + f"{np.mean(row['returns']):11.0f} on average")
     checks = {f"three seeds or more: {n}": n >= 3,
-              f"SHAC loses by stiff contacts (paper: 48 %): {drop['SHAC']:.0%}": drop["SHAC"] > 0.2,
-              f"PWM does not: {drop['PWM']:.0%}": drop["PWM"] < 0.1}
+              f"SHAC loses by stiff contacts (paper: 48 %): {drop['SHAC']:.1%}": drop["SHAC"] > 0.2,
+              f"PWM does not: {drop['PWM']:.1%}": drop["PWM"] < 0.1}
     notes = ["a planar hopper with the contact springs of the paper's simulator and the masses of gymnasium's; no PPO"]
     return finish_toy(replace(args, task="stiffness"), run, device_text, began, checks, notes, dict(rows=rows))
 
