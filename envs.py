@@ -1000,8 +1000,8 @@ class Flock:
     """The interface of Herd for n environments of any other task, stepping one after the other in this process.
 
     A foreign environment does not show its state: `state` holds every row's actions since its episode began, and
-    `load` does them again, which is exact where seed and actions fix an episode. Episode k of row i starts from the seed
-    (seed, i, k). SystemExit: actions of another shape, or a number of the environment that is not finite."""
+    `load` does them again, which is exact where seed and actions fix an episode. Episode k of row i starts from
+    the seed (seed, i, k). SystemExit: actions of another shape, or a number of the environment that is not finite."""
 
     def __init__(self, task, n, seed=0):
         self.task, self.n, self.seed, self.facts = task, n, seed, task_facts(task)

@@ -5398,6 +5398,7 @@ def test_toys_are_environments_too(task):
     (lambda: envs.Herd("ant", 0), "n=0.*1 or more of each"),
     (lambda: envs.make_env("hoper"), "unknown task 'hoper'.*hopper"),
     (lambda: envs.make_env("ball-wall", obs="pixels"), "draws no frames.*obs='state'"),
+    (lambda: walk_into_nan(), "WalkNaN.*non-finite reward.*step 2"),
     (lambda: sine_herd_with(np.zeros((2, 8))), r"\(2, 8\), all finite; expected finite \(3, 8\)"),
     (lambda: sine_herd_with(np.full((3, 8), np.nan)), "not all finite"),
     (lambda: envs.Workers(1).rollout([("ant", 0)], lambda o, j, t: np.zeros((1, 3))), r"\(1, 3\).*\(1, 8\)")])
@@ -5405,6 +5406,13 @@ def test_bad_input_of_bodies_and_toys_is_one_sentence(call, sentence):
     with pytest.raises(SystemExit, match=sentence) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def walk_into_nan():
+    with envs.Flock("test_all:WalkNaN-v0", 2) as flock:
+        flock.reset()
+        for _ in range(3):
+            flock.step(np.zeros((2, 1)))
 
 
 def sine_herd_with(act):
