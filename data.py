@@ -10,18 +10,25 @@ batches. Action act[t] leads from obs[t] to obs[t+1] and earns rew[t]; term[t] s
 terminal state (a time limit is not).  Bad input ends the program with one sentence: what was seen, what is
 expected, what to type.
 """
+import csv
 import errno
 import io
 import json
 import math
 import os
 import pickle
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -63,6 +70,38 @@ def _write_atomic(path, write):
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)           # after an error or Ctrl-C; the rename has consumed it otherwise
+
+
+def write_text(path, text):
+    """Replace a file at once."""
+    with _full_disk(path):
+        _write_atomic(Path(path), lambda f: f.write(text.encode()))
+
+
+def write_json(path, x):
+    """Replace a file by x as JSON; nan, which JSON lacks, becomes null (the interval of one seed)."""
+    def strict(x):
+        if isinstance(x, dict):
+            return {k: strict(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [strict(v) for v in x]
+        return None if isinstance(x, float) and math.isnan(x) else x
+    write_text(path, json.dumps(strict(x), indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
+
+
+def write_csv(path, rows):
+    """Replace a file by a table of dicts with the keys of the first."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0], extrasaction="ignore")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def save_torch(path, x):
+    """torch.save that replaces a file at once."""
+    with _full_disk(path):
+        _write_atomic(Path(path), lambda f: torch.save(x, f))
 
 
 def _pwrite(fd, data, at):
@@ -1341,6 +1380,107 @@ def render_mocapact(src, folder, frames=24, size=64, stride=2, rollouts=1, color
     return splits
 
 
+# ------------------------------------------------------------------------------- flags, devices, processes
+def parse(Args, doc, moved=()):
+    """Command line -> Args, by tyro.  moved: {old words: new command}; a command that has a new name says it.
+
+    The old words are one flag ("--ablation") or a flag with its value ("--task ball-wall")."""
+    import tyro
+    words = [w for word in sys.argv[1:] for w in word.split("=", 1)]
+    for i, word in enumerate(words):
+        for old in (word, " ".join(words[i:i + 2])):
+            if old in moved:
+                raise SystemExit(f"{old} has moved: type {moved[old]}")
+    return tyro.cli(Args, description=doc)
+
+
+def flag(name):
+    """The name of a field as it is typed: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def refuse(args, names, because):
+    """SystemExit: one of the flags `names` (with blanks between) is not at its default; `because` says who reads it."""
+    for f in fields(args):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if f.name in names.split() and getattr(args, f.name) != default:
+            raise SystemExit(f"{flag(f.name)} {getattr(args, f.name)}: {because}; leave it out")
+
+
+def check_ranges(args, ranges):
+    """ranges: {name: (lowest, highest)}, None for no limit; flags that are None are skipped.  SystemExit: outside,
+    or not a number."""
+    for name, (low, high) in ranges.items():
+        x = getattr(args, name)
+        if x is not None and not ((low is None or x >= low) and (high is None or x <= high)):
+            wanted = f"{low} to {high}" if None not in (low, high) else f"at least {low}" if high is None else \
+                f"at most {high}"
+            raise SystemExit(f"{flag(name)} {x}: expected {wanted}")
+
+
+RESUME_MAY_CHANGE = ("resume", "workers", "save_every", "capture_video", "track", "device")
+
+
+def resumed(args):
+    """args, or with --resume those of the run in that folder; a few flags typed beside it count (workers, ..).
+    SystemExit: no run there, one of another version, or another flag typed beside --resume."""
+    if not args.resume:
+        return args
+    file = Path(args.resume) / "args.json"
+    try:
+        saved = json.loads(file.read_text())["args"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SystemExit(f"--resume {args.resume}: no readable args.json there; expected the folder of a run, "
+                         "runs/<name>") from None
+    known = {f.name: f for f in fields(args)}
+    if strange := sorted(set(saved) - set(known)):
+        raise SystemExit(f"--resume {args.resume}: its flag {flag(strange[0])} is unknown here, so another version of "
+                         "this script began it: go on with the copy of the code in its folder")
+    change = {}
+    for name, f in known.items():
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if getattr(args, name) != default and getattr(args, name) != saved.get(name):
+            if name not in RESUME_MAY_CHANGE:
+                raise SystemExit(f"--resume {args.resume} goes on with its own flags, and there {flag(name)} is "
+                                 f"{saved.get(name)}, not {getattr(args, name)}: leave {flag(name)} out")
+            change[name] = getattr(args, name)
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    return type(args)(**{**saved, **change, "resume": args.resume})
+
+
+def choose_device(name):
+    """"auto", "cpu" or "cuda" -> (torch.device, what it is and why).  SystemExit: no GPU although asked for."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu"), f"cpu: {torch.get_num_threads()} threads"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")                               # TF32
+    return device, f"cuda: {torch.cuda.get_device_name(device)}, TF32"
+
+
+def join_ranks(device):
+    """(rank, number of ranks) as torchrun says; with more than one they can talk to each other afterwards."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+    return rank, world
+
+
+def hardware(device):
+    """What computed, for a table of results."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else \
+        f"{torch.get_num_threads()} CPU threads"
+
+
+def command_line():
+    """How this program was called, to be typed again: python pwm.py --seed 2, or python -m studies.NAME."""
+    file = Path(sys.argv[0])
+    name = f"-m studies.{file.stem}" if file.parent.name == "studies" else file.name
+    return " ".join(["python", name, *(shlex.quote(x) for x in sys.argv[1:])])
+
+
 # ------------------------------------------------------------------------------------------------- run folder
 def _check_plain(x, where="state"):
     """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would, before anything is written."""
@@ -1357,7 +1497,311 @@ def _check_plain(x, where="state"):
                      "numbers, strings, None, dict, list and tuple: convert it first")
 
 
+def _state_of(part):
+    if isinstance(part, dict):
+        return dict(part)
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _bring_back(part, state):
+    if isinstance(part, dict):
+        part.update(state)
+    elif isinstance(part, torch.Generator):
+        part.set_state(state.cpu())
+    else:
+        part.load_state_dict(state)
+
+
 class Run:
+    """A folder runs/{task}__{script}__{seed}__{time}/ and all that a training loop must not forget: where a resumed
+    run goes on, checkpoints by the clock and at Ctrl-C, rates and time left, numbers that are not finite, logs.
+
+        run = Run("pwm", args)                        # or the folder in args.resume
+        run.keeps(wm=wm, opt=opt, rng=generator)      # what a checkpoint holds; brought back in a resumed run
+        run.expects(model=4000, policy=600)           # so that it can tell the time left
+        for r in run.rounds(4):
+            for _ in run.once("play"): ..             # a stage of one piece
+            for step in run.steps("model", 1000):     # a stage of many
+                ..
+                run.note(loss=loss.detach())          # read, checked, printed and logged every `log_every` steps
+        run.finish(dict(table=..))                    # results.json
+
+    A resumed program runs through the same calls; rounds, stages and steps that were done are skipped.  On the other
+    ranks of torchrun it iterates alike and writes nothing.  Attributes: dir (Path), step (pieces of all `steps` so
+    far), seconds (of training, over all resumes), history (list of dicts that survive), rank, world.
+    SystemExit: a folder that is no run, or a run of another task or script; numbers that are not finite; Ctrl-C."""
+
+    def __init__(self, script, args, root="runs", log_every=50):
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.script, self.args, self.log_every = script, args, log_every
+        self.save_every = getattr(args, "save_every", 60.0)
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self.parts, self.facts, self.total, self.done, self.spent = {}, {}, {}, {}, {}
+        self._round, self._stage, self._start = 0, -1, (0, 0, 0)         # start: round, stage, step of the next work
+        self._metrics, self._stop, self._saved, self._printed = {}, False, time.time(), time.time()
+        self._writer, self._purge, self._lines = None, None, None
+        box = [str(self._folder(root))] if self.rank == 0 else [None]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(box)
+        self.dir = Path(box[0])
+        if self.rank == 0:
+            self._lines = os.open(self.dir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            if getattr(args, "track", False):
+                import wandb
+                wandb.init(project=script, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
+
+    def _folder(self, root):
+        task, resume = str(self.args.task), self.args.resume
+        if resume:
+            try:
+                meta = json.loads((Path(resume) / "args.json").read_text())
+                same = (meta["task"], meta["script"]) == (task, self.script)
+            except (OSError, ValueError, KeyError, TypeError):
+                raise SystemExit(f"{resume} has no readable args.json: expected --resume runs/<a folder in "
+                                 "there>") from None
+            if not same:
+                raise SystemExit(f"{resume} is a run of {meta['script']} on {meta['task']!r}, not of {self.script} on "
+                                 f"{task!r}: resume it with the script and task that began it")
+            return resume
+        names, stamp = task.split(","), int(time.time())
+        short = quote(task if len(task) <= 60 else f"{names[0][:50]}+{len(names) - 1}", safe=", +")
+        with _full_disk(root):
+            while True:
+                folder = Path(root) / f"{short}__{self.script}__{self.args.seed}__{stamp}"
+                try:
+                    folder.mkdir(parents=True)
+                    break
+                except FileExistsError:            # two starts within one second
+                    stamp += 1
+        write_json(folder / "args.json", dict(task=task, script=self.script, seed=self.args.seed,
+                                              args=asdict(self.args), command=sys.argv))
+        main, here = getattr(sys.modules["__main__"], "__file__", None), Path(__file__).parent    # None in a notebook
+        for file in (main, here / "envs.py", here / "data.py"):
+            if file and Path(file).is_file():
+                shutil.copy(file, folder)
+        return folder
+
+    # ---- what a checkpoint holds
+    def keeps(self, facts=None, **parts):
+        """Name the parts of a checkpoint: modules, optimisers, generators, dicts of tensors and plain values, anything
+        with state_dict and load_state_dict.  facts: plain values stored beside them.  A resumed run loads them now.
+        SystemExit: no checkpoint, a damaged one, or one without a part."""
+        self.parts, self.facts = {k: v for k, v in parts.items() if v is not None}, facts or {}
+        if not self.args.resume:
+            return
+        state = self.load()
+        if missing := [k for k in self.parts if k not in state]:
+            raise SystemExit(f"the checkpoint has no {missing[0]!r}, so an older version of this script wrote it: go "
+                             "on with the copy of the code in the run's folder")
+        for name, part in self.parts.items():
+            try:
+                _bring_back(part, state[name])
+            except (RuntimeError, KeyError, ValueError, TypeError) as e:
+                raise SystemExit(f"{name!r} of the checkpoint does not fit ({' '.join(str(e).split())[:200]}): go on "
+                                 "with the copy of the code in the run's folder") from None
+        where = state["_run"]
+        self.step, self.seconds, self.done = where["step"], where["seconds"], where["done"]
+        self.history, self._start = where["history"], tuple(where["at"])
+        self._saved = time.time()
+
+    def load(self, name="checkpoint.pt"):
+        """What is in a checkpoint of this run, on the CPU; checkpoint.pt also cuts metrics.jsonl back to when it was
+        written.  SystemExit: missing or damaged file."""
+        path = self.dir / name
+        if not path.exists():
+            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it again without "
+                             "--resume")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            size = state["_run"]["bytes"]
+        except Exception as e:                     # a damaged file can raise almost anything
+            raise SystemExit(f"{path} is damaged ({type(e).__name__}): restore it, or start without "
+                             "--resume") from e
+        if self.args.resume and name == "checkpoint.pt" and self._writer is None and self.rank == 0:
+            os.ftruncate(self._lines, min(size, os.fstat(self._lines).st_size))
+            lines = (self.dir / "metrics.jsonl").read_bytes().splitlines()
+            self._purge = json.loads(lines[-1])["step"] + 1 if lines else 0  # hides what came later
+        return state
+
+    def save(self, at=None, name="checkpoint.pt"):
+        """Write all parts; atomic: a crash or a full disk leaves the old file as it was.  at: (round, stage, step) of
+        the next work.  SystemExit: the last metrics are not finite, so this state is not worth keeping."""
+        self._read()
+        self.seconds, self._saved = self.seconds + time.time() - self._saved, time.time()
+        if self.rank:
+            return
+        state = {**self.facts, **{k: _state_of(part) for k, part in self.parts.items()}}
+        state["_run"] = dict(at=list(at or self._start), step=self.step, seconds=self.seconds, done=self.done,
+                             history=self.history, bytes=os.fstat(self._lines).st_size)
+        _check_room(self.dir, _check_plain(state), f"the checkpoint {name}")
+        try:
+            save_torch(self.dir / name, state)
+        except RuntimeError as e:                  # how torch reports a failed write
+            raise SystemExit(f"cannot write {self.dir / name} ({e}); the older file, if any, is as it was: "
+                             f"free some space and type --resume {shlex.quote(str(self.dir))}") from e
+
+    # ---- where the work is
+    def expects(self, **total):
+        """How many pieces of every kind of stage there will be in all."""
+        self.total = total
+
+    def rounds(self, n):
+        """0 .. n-1, from the round that is not done."""
+        for r in range(self._start[0], n):
+            self._round, self._stage = r, -1
+            yield r
+            self._start = max(self._start, (r + 1, 0, 0))
+
+    def once(self, kind, pieces=1):
+        """One iteration, or none if it was done; `pieces` is what it counts for in `expects`."""
+        yield from self._work(kind, 1, pieces, 0, False)
+
+    def steps(self, kind, n, log_every=None, shared=False):
+        """Steps 0 .. n-1 of a stage, from the one that is not done.  shared: all ranks take part, metrics are means."""
+        yield from self._work(kind, n, 1, log_every or self.log_every, shared)
+
+    def _work(self, kind, n, pieces, log_every, shared):
+        self._stage += 1
+        here = self._round, self._stage
+        if here < self._start[:2]:
+            return
+        first = self._start[2] if here == self._start[:2] else 0
+        self._metrics, began, counted = {}, time.time(), 0
+        with self._interrupts():
+            for step in range(first, n):
+                yield step
+                counted += 1
+                self.step += bool(log_every)
+                self.done[kind] = self.done.get(kind, 0) + pieces
+                told = log_every and ((step + 1) % log_every == 0 or step + 1 == n)
+                late = self._stop or time.time() - self._saved > self.save_every
+                if told or late or step + 1 == n:
+                    numbers = self._read(shared)
+                    have = self.spent.get(kind, (0, 0.0))
+                    self.spent[kind] = have[0] + counted * pieces, have[1] + time.time() - began
+                    began, counted = time.time(), 0
+                    if told:
+                        self._tell(kind, step + 1, n, numbers)
+                if late and step + 1 < n:
+                    self.save((*here, step + 1))
+                    self._end_if_asked()
+            if first < n:
+                self._start = (self._round, self._stage + 1, 0)
+                self.save()
+            self._end_if_asked()
+
+    @contextmanager
+    def _interrupts(self):
+        """Ctrl-C and SIGTERM wait for the end of a step; a second one does not.  Other handlers come back after it."""
+        def stop(*_):
+            self._stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {s: signal.signal(s, stop if self.rank == 0 else signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def _end_if_asked(self):
+        if self._stop:
+            self.close()
+            program = " ".join(command_line().split()[:3 if "-m" in command_line().split()[:2] else 2])
+            raise SystemExit(f"stopped; go on with: {program} --resume {shlex.quote(str(self.dir))}")
+
+    # ---- numbers
+    def note(self, metrics=None, **more):
+        """The metrics of this step: 0-d tensors, which stay where they are until they are read, or numbers."""
+        self._metrics = {**(metrics or {}), **more}
+
+    def _read(self, shared=False):
+        """The noted metrics as floats: the only place in training that waits for a GPU."""
+        if not self._metrics:
+            return {}
+        values = torch.stack([torch.as_tensor(x).float().cpu() for x in self._metrics.values()]) if all(
+            torch.as_tensor(x).device.type == "cpu" for x in self._metrics.values()) else \
+            torch.stack([torch.as_tensor(x).float() for x in self._metrics.values()])
+        if shared and self.world > 1:
+            torch.distributed.all_reduce(values)
+            values /= self.world
+        numbers = dict(zip(self._metrics, values.tolist()))
+        if not np.isfinite(list(numbers.values())).all():
+            raise SystemExit(f"step {self.step}, round {self._round}, is not finite: {numbers}; the last good "
+                             f"checkpoint is in {self.dir}: start again with a smaller learning rate")
+        return numbers
+
+    def _tell(self, kind, step, n, numbers):
+        rate = self.rate(kind)
+        self.log({f"losses/{kind}/{k}": v for k, v in numbers.items()} | {"charts/UPS": rate})
+        shown = ", ".join(f"{k} {v:.3g}" for k, v in numbers.items())
+        self.say(f"round {self._round}: {kind} {step}/{n}, {rate:.1f}/s, {shown}", step == n)
+
+    def rate(self, kind):
+        """Pieces of a kind of stage per second, in this process."""
+        pieces, seconds = self.spent.get(kind, (0, 0.0))
+        return pieces / max(seconds, 1e-9)
+
+    def time_left(self):
+        """Seconds, or None while a kind of stage that is to come has not been seen at work."""
+        todo = {k: n - self.done.get(k, 0) for k, n in self.total.items() if n > self.done.get(k, 0)}
+        if any(not self.rate(k) for k in todo):
+            return None
+        return sum(n / self.rate(k) for k, n in todo.items())
+
+    def say(self, text, force=True, every=15.0):
+        """Print a line of progress with the time left; without `force` only if the last one is `every` seconds old."""
+        if self.rank == 0 and (force or time.time() - self._printed > every):
+            self._printed, left = time.time(), self.time_left()
+            print(text + (f" | {timedelta(seconds=round(left))} left" if left and self.total else ""), flush=True)
+
+    def log(self, numbers, step=None):
+        """One line of metrics.jsonl and one TensorBoard point per number (float or 0-d tensor) of {tag: number}."""
+        if self.rank:
+            return
+        if self._writer is None:              # imported late: slow, and load() decides where its curves go on
+            from torch.utils.tensorboard import SummaryWriter
+            self._writer = SummaryWriter(self.dir, purge_step=self._purge)
+        numbers, step = {tag: float(x) for tag, x in numbers.items()}, self.step if step is None else int(step)
+        line = json.dumps({"step": step, "time": time.time(), **numbers}) + "\n"
+        with _full_disk(self.dir):
+            os.write(self._lines, line.encode())
+            for tag, x in numbers.items():
+                self._writer.add_scalar(tag, x, step)
+
+    def finish(self, result):
+        """Write results.json: command, commit, hardware, seconds, flags and `result`; say where the files are.
+        Returns what it holds (None on other ranks)."""
+        self.close()
+        if self.world > 1:
+            torch.distributed.destroy_process_group()  # its threads would abort a process that ends with them
+        if self.rank:
+            return None
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True,
+                             text=True)           # maybe no git, or a copy outside of one
+        device = getattr(self.args, "device", "cpu")
+        device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        head = dict(command=command_line(), commit=git.stdout.strip() or None, hardware=hardware(device),
+                    seconds=round(self.seconds + time.time() - self._saved, 1), seed=self.args.seed,
+                    args=asdict(self.args), folder=str(self.dir))
+        write_json(self.dir / "results.json", {**head, **result})
+        kinds = (".json", ".jsonl", ".csv", ".png", ".gif", ".mp4", ".pt")
+        print(f"files: {self.dir}/", *sorted(p.name for p in self.dir.iterdir() if p.suffix in kinds))
+        return {**head, **result}
+
+    def close(self):
+        """Flush and close the logs."""
+        if self._lines is not None:
+            os.close(self._lines)
+            self._lines = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class LegacyRun:  # temporary: until every script has moved to Run
     """A folder runs/{task}__{script}__{seed}__{time}/ with args.json, metrics.jsonl, TensorBoard events,
     checkpoints and a copy of the code.  resume: go on in this folder instead; call load() before log(),
     which cuts metrics.jsonl back to the checkpoint.  Attributes: dir (Path), resumed (bool), args (dict,

@@ -51,7 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from data import Episodes, Run
+from data import Episodes, LegacyRun as Run
 from envs import Workers, make_env, task_facts
 
 

@@ -68,7 +68,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from data import Frames, Run
+from data import Frames, LegacyRun as Run
 from envs import ATARI26, ATARI_SCORES, METAWORLD50, MT10, Fleet, score
 
 

@@ -68,7 +68,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from data import Episodes, Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
+from data import Episodes, LegacyRun as Run, bootstrap_ci, convert_tdmpc2, iqm, safe_load
 from envs import LOCOMOTION, SUITES, TOY, Flock, Herd, Workers, choose_gl, make_env, plant, score, task_facts
 
 MT30, MT80 = SUITES["mt30"], SUITES["mt80"]

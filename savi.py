@@ -46,7 +46,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from data import FORK_STEPS, Run, bootstrap_ci, make_video, open_video, render_mocapact
+from data import FORK_STEPS, LegacyRun as Run, bootstrap_ci, make_video, open_video, render_mocapact
 
 
 @dataclass

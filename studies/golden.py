@@ -1,0 +1,107 @@
+"""Do tiny runs of every script still give the same numbers, to the last bit, and do killed ones after --resume?
+
+    python -m studies.golden record        # on the code as it is: results/golden.json (about 15 minutes on one core)
+    python -m studies.golden               # on the code as it has become: which cases still agree
+    python -m studies.golden pwm_mt30      # one case
+
+A case is a command. `record` runs it twice, once undisturbed and once killed (SIGKILL) in the middle and resumed, and
+keeps the numbers with a fractional part that both runs wrote to metrics.jsonl and results.json: times are not among
+them. A check runs it once and looks for these numbers wherever they are now, so that tags and tables may be renamed.
+
+Verdict: a case agrees if every number is there. Numbers depend on the processor; record on the machine that checks.
+"""
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+FILE = HERE / "results" / "golden.json"
+CASES = {  # name: (words of the command, seconds after which the second run is killed)
+    "pwm_mt30": ("pwm.py --task mt30 --fast --workers 1 --save-every 1", 60),
+    "pwm_hopper": ("pwm.py --task hopper --rounds 2 --seed-episodes 2 --round-episodes 1 --wm-steps 60 --policy-steps "
+                   "20 --policy-batch 8 --wm-batch 16 --eval-episodes 2 --workers 1 --save-every 0", 12),
+    "pwm_gymnasium": ("pwm.py --task InvertedPendulum-v5 --rounds 2 --seed-episodes 2 --round-episodes 1 --wm-steps 60 "
+                      "--policy-steps 20 --policy-batch 8 --wm-batch 16 --eval-episodes 2 --workers 1 --save-every 0",
+                      10),
+    "ed2_tdmpc2": ("ed2.py --task cup-catch --updates 40 --data-steps 8000 --seeds 2 --workers 1", 14),
+    "ed2_dreamerv3": ("ed2.py --task cup-catch --wm dreamerv3 --updates 8 --batch 4 --length 16 --data-steps 8000 "
+                      "--seeds 1 --workers 1", 20),
+    "ed2_online": ("ed2.py --task cup-catch --mode online --updates 2500 --batch 4 --length 8 --train-ratio 1 "
+                   "--workers 1", 14),
+    "mow": ("mow.py --steps 90 --random-steps 60 --warmup 20 --eval-episodes 2 --frame-cap 400 --save-every 0", 14),
+    "mow_storm": ("mow.py --task Boxing --storm --steps 90 --random-steps 60 --eval-episodes 2 --frame-cap 400 "
+                  "--save-every 0", 10),
+    "savi": ("savi.py --clips 20 --updates 60 --workers 1", 14)}
+
+
+def floats(x):
+    """All numbers with a fractional part in nested lists and dicts."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, list):
+        return [y for z in x for y in floats(z)]
+    return [x] if isinstance(x, float) and x != round(x) else []
+
+
+def read(folder):
+    """Counter of the numbers of the only run below folder."""
+    (run,) = Path(folder).glob("runs/*/results.json")
+    lines = (run.parent / "metrics.jsonl").read_text().splitlines()
+    return collections.Counter(map(repr, floats([json.loads(x) for x in [run.read_text(), *lines]])))
+
+
+def start(words, folder):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(Path(folder) / "log.txt", "a") as log:
+        script, *rest = words.split()
+        return subprocess.Popen([sys.executable, HERE / script, *rest], cwd=folder, env=env, stdout=log, stderr=log,
+                                start_new_session=True)
+
+
+def play(words, kill=None):
+    """The numbers of one run, or of one that is killed after so many seconds and resumed."""
+    with tempfile.TemporaryDirectory() as folder:
+        process, began = start(words, folder), time.time()
+        if kill:
+            try:
+                process.wait(kill)
+                print(f"  ended before it could be killed, after {time.time() - began:.0f} s")
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                (run,) = Path(folder).glob("runs/*__*")
+                process = start(f"{words.split()[0]} --resume {run}", folder)
+        if process.wait():
+            raise SystemExit(f"{words} failed:\n{(Path(folder) / 'log.txt').read_text()[-2000:]}")
+        return read(folder), time.time() - began
+
+
+def main(words):
+    recording = "record" in words
+    cases = [w for w in words if w != "record"] or list(CASES)
+    book = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for name in cases:
+        command, kill = CASES[name]
+        found, seconds = play(command)
+        if recording:
+            again, _ = play(command, kill)
+            both = found & again
+            book[name] = dict(command=command, numbers=sorted(both.elements()), only_here=sum((found - both).values()))
+            print(f"{name}: {sum(both.values())} numbers, {book[name]['only_here']} not reproduced after a kill "
+                  f"(times, rates), {seconds:.0f} s", flush=True)
+            FILE.write_text(json.dumps(book))
+        else:
+            want = collections.Counter(book[name]["numbers"])
+            missing = want - found
+            print(f"{name}: {'agrees' if not missing else 'DIFFERS'}, {sum(missing.values())} of {sum(want.values())} "
+                  f"numbers missing {sorted(missing)[:3]}, {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
