@@ -1801,6 +1801,53 @@ class Run:
             self._writer = None
 
 
+def _cell(work, name, cell, folder, file, threads):
+    if threads:
+        torch.set_num_threads(threads)
+    began = time.time()
+    result = {**work(name, cell, folder), "cell": name}
+    result.setdefault("seconds", round(time.time() - began, 1))
+    write_json(file, result)
+
+
+def run_cells(work, cells, folder, workers=1, tell=None):
+    """{name: result} of work(name, cell, folder) for all of cells = {name: cell}: the trainings of a comparison.
+
+    Results, plain dicts, are kept in folder/cells/<name>.json, and a cell that is there is not run again, so that a
+    study that was killed goes on.  workers > 1: so many processes side by side, of one thread each; `work` must then
+    be a function of a module.  tell(result) -> words for the line that is printed when a cell has ended."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+    files = {name: Path(folder) / "cells" / f"{quote(name, safe=' ,+')}.json" for name in cells}
+    next(iter(files.values())).parent.mkdir(parents=True, exist_ok=True)
+    todo = [name for name, file in files.items() if not file.exists()]
+    workers, done, began = min(workers, len(todo)), [], time.time()
+
+    def ended(name):
+        done.append(name)
+        left = (time.time() - began) / len(done) * (len(todo) - len(done))
+        result = json.loads(files[name].read_text())
+        words = f", {tell(result)}" if tell else ""
+        print(f"{len(done)}/{len(todo)} {name}: {result['seconds']:.0f} s{words}"
+              f" | {timedelta(seconds=round(left))} left", flush=True)
+
+    if workers < 2:
+        for name in todo:
+            _cell(work, name, cells[name], folder, files[name], 0)
+            ended(name)
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            jobs = {pool.submit(_cell, work, name, cells[name], folder, files[name], 1): name for name in todo}
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    ended(jobs[job])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)                # not after hours of other cells
+                raise
+    return {name: json.loads(file.read_text()) for name, file in files.items()}
+
+
 class LegacyRun:  # temporary: until every script has moved to Run
     """A folder runs/{task}__{script}__{seed}__{time}/ with args.json, metrics.jsonl, TensorBoard events,
     checkpoints and a copy of the code.  resume: go on in this folder instead; call load() before log(),
