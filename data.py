@@ -3,7 +3,7 @@
     episodes = Episodes.create("data/mine", {"pendulum-spin": (3, 1, 500)})   # {task: (obs_dim, act_dim, T)}
     episodes.append("pendulum-spin", obs, act, rew, term)                    # (t+1,O) (t,A) (t,) (t,), t <= T
     sampler = episodes.sampler(["pendulum-spin"], horizon=16, device="cuda")
-    obs, act, rew, task = sampler.sequences(512, torch.Generator().manual_seed(0))
+    obs, act, rew, term, live, task = sampler.sequences(512, torch.Generator().manual_seed(0))
 
 Shapes: N episodes, T steps at most per episode, O obs, A act, B batch, H horizon, K tasks; time first in
 batches. Action act[t] leads from obs[t] to obs[t+1] and earns rew[t]; term[t] says that obs[t+1] is a
@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
 from datetime import timedelta
@@ -313,6 +313,14 @@ class Episodes:
                        for x in _layout(self.facts[task])}
                 self._set_count(task, fds, n)
 
+    def state_dict(self):
+        """What a checkpoint must remember: counts()."""
+        return self.counts()
+
+    def load_state_dict(self, counts):
+        """Go back to the episodes of a checkpoint: truncate(counts)."""
+        self.truncate(counts)
+
     def sampler(self, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0, resident=None,
                 ends=False):
         """A Sampler over the episodes there are now; make a new one after appending."""
@@ -331,6 +339,12 @@ def _free_bytes(device):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+Batch = namedtuple("Batch", "obs act rew term live task")
+Batch.__doc__ = """Slices of H steps: obs (H+1,B,O), act (H,B,A), rew, term, live (H,B), all float32, task (B,) int64.
+
+term is 1 where a step ended the episode by itself; live is 0 beyond the end of an episode."""
+
+
 class Sampler:
     """Uniform slices of H steps: task uniform over tasks with data, episode uniform, start uniform in 0..length-H.
 
@@ -340,8 +354,7 @@ class Sampler:
     and four episodes have one.
     ends: for tasks that end by themselves. Slices then start at any step of all episodes, each equally likely: with
     episodes equally likely, the many short ones of bad policies would crowd out the few long ones of good policies.
-    No episode is too short; beyond the end the last observation and action repeat, and sequences() also returns term
-    (H,B), 1 where the step ended the episode by itself, and live (H,B), 0 beyond the end, both f32.
+    No episode is too short; beyond the end the last observation and action repeat and live is 0.
     resident: hold all rows on the device (True), read memory maps (False), or decide by free memory (None);
     the batches are the same.  Attributes: resident, nbytes (size when resident), too_short (episodes shorter
     than H).
@@ -366,7 +379,9 @@ class Sampler:
         rows = np.array([m["obs"].shape[0] * m["obs"].shape[1] for m in self._maps], np.int64)
         self._row0 = torch.from_numpy(np.cumsum(rows) - rows).to(self.device)  # (K,) first flat row of a task
         self._rows = torch.tensor([m["obs"].shape[1] for m in self._maps], device=self.device)   # (K,) T+1
-        self.nbytes = int(rows.sum()) * (self.obs_dim + self.act_dim + 1) * 4
+        self._columns = {"obs": ((self.obs_dim,), torch.float32), "act": ((self.act_dim,), torch.float32),
+                         "rew": ((), torch.float32), "term": ((), torch.bool)}
+        self.nbytes = int(rows.sum()) * ((self.obs_dim + self.act_dim + 1) * 4 + 1)
         free = _free_bytes(self.device)
         self.resident = self.nbytes <= free if resident is None else resident
         if resident and self.nbytes > free:
@@ -406,37 +421,32 @@ class Sampler:
         return pools
 
     def _load(self, rows):
-        """Flat (rows, .) tensors; act and rew get one unused row per episode, so one index serves all
-        three."""
-        self._obs = torch.zeros(rows, self.obs_dim, device=self.device)
-        self._act = torch.zeros(rows, self.act_dim, device=self.device)
-        self._rew = torch.zeros(rows, device=self.device)
-        self._term = torch.zeros(rows if self.ends else 0, device=self.device)
+        """Flat (rows, .) tensors; act, rew and term get one unused row per episode, so one index serves all."""
+        self._flat = {name: torch.zeros(rows, *width, dtype=dtype, device=self.device)
+                      for name, (width, dtype) in self._columns.items()}
         for m, row in zip(self._maps, self._row0.tolist()):
-            (n, T1, O), A = m["obs"].shape, m["act"].shape[2]
+            (n, T1, O), f = m["obs"].shape, self._flat
             step = max(1, (64 << 20) // (4 * T1 * O))                        # read about 64 MB at a time
             for a in range(0, n, step):
                 b = min(a + step, n)
-                part = slice(row + a * T1, row + b * T1)
-                for flat, name, steps, width in ((self._obs, "obs", T1, O), (self._act, "act", T1 - 1, A)):
-                    rows = torch.from_numpy(np.array(m[name][a:b]))
-                    flat[part].view(b - a, T1, -1)[:, :steps, :width] = rows
-                self._rew[part].view(b - a, T1)[:, :-1] = torch.from_numpy(np.array(m["rew"][a:b]))
-                if self.ends:
-                    self._term[part].view(b - a, T1)[:, :-1] = torch.from_numpy(np.array(m["term"][a:b])).float()
+                for name in f:
+                    x = torch.from_numpy(np.array(m[name][a:b]))             # (n,T,O) or (n,T)
+                    to = f[name][row + a * T1:row + b * T1].view(b - a, T1, *f[name].shape[1:])
+                    (to[:, :x.shape[1], :x.shape[2]] if x.ndim > 2 else to[:, :x.shape[1]]).copy_(x)
 
     def _draw(self, task, held_out, generator):
-        """Episode number, start row and number of starts of the episode (with `ends` its length) for a tensor of task
-        ids, all shaped like it, on the generator's device."""
+        """Episode number, start and length of the episode (B,) for task ids (B,), on the generator's device."""
         pool = self._table(held_out, generator)
         # double precision: u < 1 gives floor(u * n) < n for every n here, and no episode is favoured
         u = torch.rand(2, *task.shape, dtype=torch.float64, generator=generator, device=generator.device)
         if self.ends:                            # all starts in a row, by number
             at = pool["before"][task] + (u[0] * pool["starts"][task]).long()
             pick = torch.searchsorted(pool["until"], at, right=True)
-            return pool["ep"][pick], at - pool["until"][pick] + pool["room"][pick], pool["room"][pick]
+            room = pool["room"][pick]
+            return pool["ep"][pick], at - pool["until"][pick] + room, room
         pick = pool["first"][task] + (u[0] * pool["count"][task]).long()
-        return pool["ep"][pick], (u[1] * pool["room"][pick]).long(), pool["room"][pick]
+        room = pool["room"][pick]
+        return pool["ep"][pick], (u[1] * room).long(), room + self.horizon - 1
 
     def _table(self, held_out, generator):
         key = bool(held_out), generator.device
@@ -445,75 +455,49 @@ class Sampler:
             self._tables[key] = {x: torch.from_numpy(v.astype(np.int64)).to(key[1]) for x, v in pool.items()}
         return self._tables[key]
 
-    def _empty(self, *shape):
-        return torch.zeros(shape, pin_memory=self.device.type == "cuda")  # pinned: copies overlap work
-
     def _send(self, x):
         return x.to(self.device, non_blocking=True)
 
+    def _gather(self, task, ep, steps):
+        """steps {name: (n,B)}, task and ep (B,) -> [(n,B,width) or (n,B) f32 on the device], and task there."""
+        if self.resident:
+            task = self._send(task)
+            first = self._row0[task] + self._send(ep) * self._rows[task]     # (B,)
+            return [self._flat[name][first + self._send(t)].float() for name, t in steps.items()], task
+        ids, ep = task.cpu().numpy(), ep.cpu().numpy()
+        out, steps = [], {name: t.cpu().numpy() for name, t in steps.items()}
+        groups = [(k, np.flatnonzero(ids == k)) for k in np.unique(ids)]     # one gather per task, not per episode
+        for name, t in steps.items():
+            x = torch.zeros(*t.shape, *self._columns[name][0], pin_memory=self.device.type == "cuda")  # copies overlap
+            for k, b in groups:
+                part = np.asarray(self._maps[k][name])[ep[b], t[:, b]]
+                (x.numpy()[..., :part.shape[2]] if part.ndim > 2 else x.numpy())[:, b] = part
+            out.append(self._send(x))
+        return out, self._send(task)
+
     def sequences(self, batch, generator, held_out=False):
-        """obs (H+1,B,O) f32, act (H,B,A) f32, rew (H,B) f32, task (B,) int64, on the device.  generator: a
-        torch.Generator on the CPU or on the device.  A task without held-out episodes gives training ones.
-        With `ends` also term (H,B) and live (H,B)."""
+        """A Batch on the device.  generator: a torch.Generator on the CPU or on the device.  A task without held-out
+        episodes gives training ones."""
         active, H = self._table(held_out, generator)["active"], self.horizon
         task = active[torch.randint(len(active), (batch,), generator=generator, device=generator.device)]
-        ep, start, room = self._draw(task, held_out, generator)              # (B,) (B,) (B,)
-        if self.ends:
-            return self._with_ends(task, ep, start, room)
-        if self.resident:
-            task, ep, start = self._send(task), self._send(ep), self._send(start)
-            index = self._row0[task] + ep * self._rows[task] + start         # (B,)
-            index = index + torch.arange(H + 1, device=self.device)[:, None]                     # (H+1,B)
-            return self._obs[index], self._act[index[:-1]], self._rew[index[:-1]], task
-        obs, act = self._empty(H + 1, batch, self.obs_dim), self._empty(H, batch, self.act_dim)
-        rew, to = self._empty(H, batch), {"obs": H + 1, "act": H, "rew": H}
-        ids, ep, start = task.cpu().numpy(), ep.cpu().numpy()[:, None], start.cpu().numpy()[:, None]
-        for k in np.unique(ids):                                        # one gather per task, not per episode
-            b = np.flatnonzero(ids == k)
-            part = {x: np.asarray(self._maps[k][x])[ep[b], start[b] + np.arange(n)] for x, n in to.items()}
-            obs.numpy()[:, b, :part["obs"].shape[2]] = part["obs"].swapaxes(0, 1)
-            act.numpy()[:, b, :part["act"].shape[2]] = part["act"].swapaxes(0, 1)
-            rew.numpy()[:, b] = part["rew"].T
-        return self._send(obs), self._send(act), self._send(rew), self._send(task)
-
-    def _with_ends(self, task, ep, start, length):
-        """sequences() for slices that may run past the end of their episode, all arguments (B,)."""
-        H = self.horizon
+        ep, start, length = self._draw(task, held_out, generator)            # (B,) (B,) (B,)
         step = start + torch.arange(H + 1, device=start.device)[:, None]     # (H+1,B)
         live = self._send((step[:-1] < length).float())
-        step = torch.minimum(step, length), torch.minimum(step[:-1], length - 1)         # of obs, of act
-        if self.resident:
-            task, first = self._send(task), self._send(ep)
-            first = self._row0[task] + first * self._rows[task]
-            at_obs, at = (first + self._send(x) for x in step)
-            return self._obs[at_obs], self._act[at], self._rew[at], task, self._term[at] * live, live
-        B = len(task)
-        obs, act = self._empty(H + 1, B, self.obs_dim), self._empty(H, B, self.act_dim)
-        rew, term = self._empty(H, B), self._empty(H, B)
-        ids, ep, (at_obs, at) = task.cpu().numpy(), ep.cpu().numpy(), (x.cpu().numpy() for x in step)
-        for k in np.unique(ids):
-            b, m = np.flatnonzero(ids == k), self._maps[k]
-            for out, name, rows in ((obs, "obs", at_obs), (act, "act", at), (rew, "rew", at), (term, "term", at)):
-                part = np.asarray(m[name])[ep[b], rows[:, b]]
-                to = out.numpy()[..., :part.shape[2]] if part.ndim > 2 else out.numpy()
-                to[:, b] = part
-        return *(self._send(x) for x in (obs, act, rew, task)), self._send(term) * live, live
+        at = torch.minimum(step[:-1], length - 1)                            # beyond the end the last one repeats
+        steps = {"obs": torch.minimum(step, length), "act": at, "rew": at, "term": at}
+        (obs, act, rew, term), task = self._gather(task, ep, steps)
+        return Batch(obs, act, rew, term * live, live, task)
 
     def starts(self, per_task, generator):
-        """obs (K, per_task, O) f32: first rows of training slices, the same distribution as sequences()."""
+        """obs (K, per_task, O) f32: first rows of training slices, the same distribution as sequences().
+        SystemExit: a task without episodes."""
         if len(self._pools[0]["active"]) < len(self.tasks):
             empty = [t for t, n in zip(self.tasks, self._pools[0]["count"]) if n == 0]
             raise SystemExit(f"task {empty[0]!r} has no episodes: collect or convert some, or leave it out")
-        task = torch.arange(len(self.tasks), device=generator.device)[:, None].expand(-1, per_task)
-        ep, start, _ = self._draw(task, False, generator)                    # (K,per_task) each
-        if self.resident:
-            task, ep, start = self._send(task), self._send(ep), self._send(start)
-            return self._obs[self._row0[task] + ep * self._rows[task] + start]
-        obs = self._empty(len(self.tasks), per_task, self.obs_dim)
-        ep, start = ep.cpu().numpy(), start.cpu().numpy()
-        for k, m in enumerate(self._maps):
-            obs.numpy()[k, :, :m["obs"].shape[2]] = np.asarray(m["obs"])[ep[k], start[k]]
-        return self._send(obs)
+        task = torch.arange(len(self.tasks), device=generator.device).repeat_interleave(per_task)
+        ep, start, _ = self._draw(task, False, generator)                    # (K * per_task,) each
+        (obs,), _ = self._gather(task, ep, {"obs": start[None]})
+        return obs.view(len(self.tasks), per_task, self.obs_dim)
 
 
 # ------------------------------------------------------------------- reading torch files without running them
@@ -696,6 +680,18 @@ class Frames:
         with _full_disk(self.path):
             for name in ("obs", "act", "rew", "term", "first"):
                 getattr(self, name).flush()
+
+    def state_dict(self):
+        """What a checkpoint must remember, after bringing the rows to the disk: {count}."""
+        self.flush()
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        """Go back to the rows of a checkpoint.  SystemExit: fewer rows are possible here."""
+        if state["count"] > self.rew.shape[1]:
+            raise SystemExit(f"{self.path} has room for {self.rew.shape[1]} rows, the checkpoint has {state['count']}: "
+                             "it belongs to another folder")
+        self.count = state["count"]
 
     def sample(self, B, L, rng, device="cpu", tasks=None, since=0):
         """Uniform windows of L steps, none from before row `since`, for each of `tasks`: obs (k,B,L,size,size,3)

@@ -544,7 +544,7 @@ def train_tdmpc2(model, sampler, args, seed, compiled):
     for step in range(args.updates):
         for g in opt.param_groups:
             g["lr"] = rate(step, args.updates, args.lr) * g["scale"]
-        obs, act, rew, _ = sampler.sequences(args.batch, generator)
+        obs, act, rew, *_ = sampler.sequences(args.batch, generator)
         noise = torch.randn(len(obs), *act.shape[1:], generator=generator, device=act.device)
         pair = torch.randperm(model.E, generator=generator, device=act.device)[:2]
         loss, metrics, z = compiled(world_model_loss)(model, obs, act, rew, noise[1:], pair)
@@ -573,7 +573,7 @@ def train_dynamics(dynamics, encoder, sampler, args, seed, compiled):
     opt = torch.optim.Adam(dynamics.parameters(), args.lr, foreach=True)
     for step in range(args.updates):
         opt.param_groups[0]["lr"] = rate(step, args.updates, args.lr)
-        obs, act, _, _ = sampler.sequences(args.batch, generator)
+        obs, act, *_ = sampler.sequences(args.batch, generator)
         with torch.no_grad():
             z = encoder(obs)
         loss = 20 * compiled(consistency_loss)(dynamics, z[0], act, z[1:])
@@ -606,12 +606,12 @@ def measure_latents(encoder, dynamics, sampler, horizons=(1, 3, 5, 10)):
     state_nmse_h: read out by one ridge probe fitted on real latents, persistence_mse_h, linear_mse_h: naive}.
     """
     generator = torch.Generator(next(encoder.parameters()).device).manual_seed(0)
-    obs, act, _, _ = sampler.sequences(2048, generator)
+    obs, act, *_ = sampler.sequences(2048, generator)
     z = encoder(obs)
     probe = ridge(z.flatten(0, 1).cpu(), obs.flatten(0, 1).cpu())
     x = torch.cat([z[:-1], act], -1).flatten(0, 1).cpu()
     linear = ridge(x, (z[1:] - z[:-1]).flatten(0, 1).cpu())  # one-step linear model of the same latents
-    obs, act, _, _ = sampler.sequences(2048, generator, held_out=True)
+    obs, act, *_ = sampler.sequences(2048, generator, held_out=True)
     z = encoder(obs)
     pred = unroll(dynamics, z[0], act)
     var_z, states = z[0].var(0).sum(), obs.cpu().double().numpy()
@@ -1438,7 +1438,7 @@ def train_rssm_cell(cell, args, root, replay, O, A, device):
     generator, tail, lr = torch.Generator(device).manual_seed(cell["seed"]), [], args.lr
     for step in range(args.updates):
         opt.lr = rate(step, args.updates, lr)
-        obs, act, rew, _ = sampler.sequences(args.batch, generator)
+        obs, act, rew, *_ = sampler.sequences(args.batch, generator)
         gumbel = draw_gumbel((args.length + 1, args.batch, 32, shape["classes"]), generator)
         loss, metrics, _ = compiled(rssm_loss)(model, obs, act, rew, gumbel, 8)
         opt.zero_grad()
@@ -1465,13 +1465,13 @@ def measure_rssm(model, sampler, longer, batch=128, draws=8):
     """
     generator = torch.Generator(sampler.device).manual_seed(0)
     latent = model.rssm.stoch, model.rssm.classes
-    obs, act, rew, _ = sampler.sequences(4 * batch, generator, held_out=True)
+    obs, act, rew, *_ = sampler.sequences(4 * batch, generator, held_out=True)
     _, metrics, _ = rssm_loss(model, obs, act, rew, draw_gumbel((len(obs), 4 * batch, *latent), generator), 8)
     out = {k: float(metrics[k]) for k in ("dyn", "dyn_raw", "post_entropy", "rec")}
-    obs, act, _, _ = longer.sequences(batch, generator)
+    obs, act, *_ = longer.sequences(batch, generator)
     x, change = torch.cat([obs[:-1], act], -1).flatten(0, 1).cpu(), (obs[1:] - obs[:-1]).flatten(0, 1).cpu()
     linear = ridge(x, change)
-    obs, act, _, _ = longer.sequences(batch, generator, held_out=True)
+    obs, act, *_ = longer.sequences(batch, generator, held_out=True)
     pred = torch.stack([open_loop(model, obs, act, draw_gumbel((len(obs), batch, *latent), generator), CONTEXT)
                         for _ in range(draws)]).mean(0).cpu().double().numpy()
     true, act = obs.cpu().double().numpy(), act.cpu().numpy()

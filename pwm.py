@@ -996,7 +996,7 @@ def open_loop_error(wm, batch, rows, horizons=(1, 4, 16)):
     1.0 is what predicting each task's mean would give; sums over tasks are taken before the ratio. Steps beyond the end
     of an episode do not count; a horizon that no episode reaches is left out.
     """
-    obs, actions, rew, task, *ends = batch
+    obs, actions, rew, _, live, task = batch
     row = rows[task]
     z, true = wm.encode(obs[0], row), wm.encode(obs, row)
     within = F.one_hot(task, len(rows)).float()  # (B, N): variance is counted within a task
@@ -1009,7 +1009,7 @@ def open_loop_error(wm, batch, rows, horizons=(1, 4, 16)):
     for h, a in enumerate(actions, 1):
         r = reward_value(wm.reward(z, a, row)) * (wm.rew_std if wm.episodic else 1.0)
         z = wm.next(z, a, row)
-        keep = ends[1][h - 1] > 0 if ends else slice(None)
+        keep = live[h - 1] > 0
         if h in horizons and len(task[keep]):
             goal, real = true[h][keep], rew[h - 1][keep]
             out[f"latent_nmse_{h}"] = (z[keep] - goal).square().sum() / centred(goal, keep).square().sum()
@@ -1374,7 +1374,8 @@ class Trainer:
         fall = calm * min(1.0, args.wm_final_lr + 2 * (1 - args.wm_final_lr) * (1 - progress))
         for group, share in zip(self.opts["model"].param_groups, (0.3, 1.0)):
             group["lr"] = share * args.wm_lr * fall
-        obs, act, rew, task, *ends = sampler.sequences(args.wm_batch, self.rng["model"])
+        obs, act, rew, term, live, task = sampler.sequences(args.wm_batch, self.rng["model"])
+        ends = (term, live) if self.wm.episodic else ()
         part = slice(rank, None, world)  # every rank draws the global batch and keeps its share
         batch = obs[:, part], act[:, part], rew[:, part], self.rows[task[part]], *(e[:, part] for e in ends)
         return update_world_model(self.model_fn, self.wm, self.opts["model"], batch, args.rho, self.heads,
@@ -1450,8 +1451,8 @@ class Trainer:
         a, (N, A) = self.args, self.nets["actors"].act_mask.shape[::2]
         fake = lambda *shape: torch.rand(*shape, device=self.device)  # noqa: E731
         sequences = (fake(a.wm_horizon + 1, a.wm_batch, self.wm.obs_dim), fake(a.wm_horizon, a.wm_batch, A),
-                     fake(a.wm_horizon, a.wm_batch), torch.zeros(a.wm_batch, dtype=torch.long, device=self.device),
-                     *(fake(a.wm_horizon, a.wm_batch) for _ in range(2 * self.wm.episodic)))
+                     *(fake(a.wm_horizon, a.wm_batch) for _ in range(3)),
+                     torch.zeros(a.wm_batch, dtype=torch.long, device=self.device))
         starts = fake(N, a.policy_batch, self.wm.obs_dim)
         sampler = SimpleNamespace(sequences=lambda *_: sequences, starts=lambda *_: starts)
         seconds = []

@@ -218,7 +218,7 @@ def test_forty_gigabytes_open_without_reading(tmp_path):
             f.write(np.full(n, 500, "<i4").tobytes())
     eps = Episodes.open(tmp_path)
     s = eps.sampler(list(facts), 16, resident=False)
-    obs, _act, _rew, task = s.sequences(64, gen())
+    obs = s.sequences(64, gen()).obs
     assert s.nbytes > 39e9 and obs.shape == (17, 64, 24) and (obs == 0).all() and not s.resident
     assert s.starts(8, gen()).shape == (4, 8, 24)
     with says("resident", "GB"):
@@ -231,20 +231,21 @@ def test_resident_equals_mapped(tmp_path, held):
     eps = fill(tmp_path, LENGTHS)
     kw = {"tasks": ["x/y:z", "a-b"], "horizon": 4, "held_out": .25}
     a, b = eps.sampler(resident=True, **kw), eps.sampler(resident=False, **kw)
-    assert a.resident and not b.resident and a.nbytes == b.nbytes == (10 * 13 + 5 * 10) * (5 + 2 + 1) * 4
+    assert a.resident and not b.resident and a.nbytes == b.nbytes == (10 * 13 + 5 * 10) * ((5 + 2 + 1) * 4 + 1)
     assert a.too_short == b.too_short == 2
     ga, gb = gen(3), gen(3)
     for _ in range(5):
         x, y = a.sequences(64, ga, held_out=held), b.sequences(64, gb, held_out=held)
         assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(x, y))
         assert torch.equal(a.starts(7, ga), b.starts(7, gb))
-    assert x[0].shape == (5, 64, 5) and x[1].shape == (4, 64, 2) and x[2].shape == (4, 64) and x[3].dtype == torch.int64
+    assert x[0].shape == (5, 64, 5) and x[1].shape == (4, 64, 2) and x[2].shape == (4, 64) and x.task.dtype == torch.int64
+    assert x.live.min() == 1
     assert eps.sampler(["a-b"], 4).resident and not torch.equal(a.sequences(64, ga)[0], x[0])
 
 
 def decode(s, batch, names, facts=FACTS):
     """Check every slice against the encoding; returns (task, episode, start) of each."""
-    obs, act, rew, task = (x.numpy().astype(float) for x in batch)
+    obs, act, rew, _, _, task = (x.numpy().astype(float) for x in batch)
     out = []
     for b in range(obs.shape[1]):
         k = int(task[b])
@@ -312,7 +313,7 @@ def test_sampler_refuses_and_skips_empty_tasks(tmp_path):
     with says("none of x/y:z"):
         eps.sampler(["x/y:z"], 3)
     s = eps.sampler(["x/y:z", "a-b"], 3)
-    assert (s.sequences(50, gen())[3] == 1).all() and s.sequences(5, gen(), held_out=True)[0].shape == (4, 5, 5)
+    assert (s.sequences(50, gen()).task == 1).all() and s.sequences(5, gen(), held_out=True)[0].shape == (4, 5, 5)
     with says("'x/y:z' has no episodes"):
         s.starts(3, gen())
     with says("13 steps", "12"):

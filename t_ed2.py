@@ -437,7 +437,7 @@ def test_ed2_world_model_loss_against_a_slow_reference():
     model = tiny_tdmpc2(TUG_GROUPS)
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)
-    obs, act, _, _ = Push3().sequences(4, gen())
+    obs, act, *_ = Push3().sequences(4, gen())
     rew, noise, pair = torch.randn(3, 4), torch.randn(3, 4, 3), torch.tensor([2, 0])
     loss, metrics, z = ed2.world_model_loss(model, obs, act, rew, noise, pair)
     want = dict(consistency=0.0, reward=0.0, value=0.0)
@@ -513,7 +513,7 @@ def test_ed2_dynamics_alone_learn_on_a_fixed_encoder():
         assert all(torch.equal(encoder.state_dict()[k], v) for k, v in before.items())
         assert all(p.grad is None for p in encoder.parameters())
         assert all((a != b).any() for a, b in zip(d.parameters(), start.parameters()))
-        obs, act, _, _ = Push3().sequences(200, gen(9))
+        obs, act, *_ = Push3().sequences(200, gen(9))
         z = encoder(obs).detach()
         new, old = (ed2.consistency_loss(x, z[0], act, z[1:]).item() for x in (d, start))
         assert new < 0.5 * old
@@ -574,7 +574,7 @@ def test_ed2_tdmpc2_dynamics_learn_cheetah(cheetah):
     torch.manual_seed(0)
     encoder = nn.Sequential(ed2.NormedLinear(17, 64), ed2.NormedLinear(64, 64, ed2.simnorm))
     d = ed2.Dynamics(64, 6, 64, 96, ed2.assignment(CHEETAH, 6))
-    obs, act, _, _ = sampler.sequences(256, gen(), held_out=True)
+    obs, act, *_ = sampler.sequences(256, gen(), held_out=True)
     z = encoder(obs).detach()
     before = ed2.consistency_loss(d, z[0], act, z[1:]).item()
     ed2.train_dynamics(d, encoder, sampler, ed2_args(updates=150, batch=64, lr=3e-3), 0, ed2.compiler(False))
@@ -1037,7 +1037,7 @@ def test_ed2_dreamer_learns_cheetah(cheetah):
     sampler = ed2.sampler_of(Episodes.open(cheetah / "replay"), "cheetah-run", 12, "cpu")
     opt, g, rec = ed2.LaProp(*ed2.clip_units(*model.world()), 1e-2, 5), gen(), []
     for _ in range(60):
-        obs, act, rew, _ = sampler.sequences(16, g)
+        obs, act, rew, *_ = sampler.sequences(16, g)
         loss, metrics, _ = ed2.rssm_loss(model, obs, act, rew, ed2.draw_gumbel((13, 16, 8, 8), g))
         opt.zero_grad()
         loss.backward()

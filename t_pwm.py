@@ -262,12 +262,13 @@ def test_open_loop_error_is_zero_for_a_perfect_model_and_one_for_the_mean():
         z.append(wm.next(z[-1], a, task))
     encode = wm.encode
     wm.encode = lambda o, t: torch.stack(z) if o.ndim == 3 else z[0]  # observations that the model predicts exactly
-    exact = pwm.open_loop_error(wm, (obs, act, torch.stack(rew), task), torch.arange(2), (1, 2))
+    rew = torch.stack(rew)
+    exact = pwm.open_loop_error(wm, (obs, act, rew, 0 * rew, 0 * rew + 1, task), torch.arange(2), (1, 2))
     assert all(v < 1e-6 for v in exact.values()), exact
     wm.encode = encode
     means = torch.stack([torch.stack([r[task == k].mean() for k in range(2)])[task] for r in rew])
     wm.reward = lambda z, a, t: (pwm.two_hot(means[0]) + 1e-12).log()
-    mean = pwm.open_loop_error(wm, (obs, act, torch.stack(rew), task), torch.arange(2), (1,))
+    mean = pwm.open_loop_error(wm, (obs, act, rew, 0 * rew, 0 * rew + 1, task), torch.arange(2), (1,))
     assert abs(mean["reward_nmse_1"] - 1) < 0.02
 
 
@@ -956,7 +957,7 @@ def test_sequences_with_ends_use_every_step_of_short_episodes(tmp_path):
     batch, again = (s.sequences(4000, gen(1)) for s in samplers)
     for x, y in zip(batch, again):
         assert torch.equal(x, y)
-    obs, act, rew, task, term, live = batch
+    obs, act, rew, term, live, task = batch
     n, t = (rew[0] // 1000).long(), (rew[0] % 1000).long()
     for i in range(4):
         starts = t[n == i]
@@ -981,7 +982,7 @@ def test_steps_of_several_tasks_with_ends_are_equally_likely(tmp_path):
         for n, t in enumerate(all_of_it):
             eps.append(task, *episode(task, n, t, dims))
     sampler = eps.sampler(["a-b", "c-d"], 4, ends=True, held_out=0.25)
-    _, _, rew, task, _, _ = sampler.sequences(8000, gen(1))
+    _, _, rew, _, _, task = sampler.sequences(8000, gen(1))
     for k, count in enumerate(([12, 3, 1], [2, 8])):
         n = (rew[0][task == k].long() // 1000).bincount(minlength=len(count)) / (task == k).sum()
         assert torch.allclose(n, torch.tensor(count) / sum(count), atol=0.03)
