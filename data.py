@@ -1525,9 +1525,13 @@ class Run:
     A resumed program runs through the same calls; rounds, stages and steps that were done are skipped.  On the other
     ranks of torchrun it iterates alike and writes nothing.  Attributes: dir (Path), step (pieces of all `steps` so
     far), seconds (of training, over all resumes), history (list of dicts that survive), rank, world.
+    inside: a folder for one of the trainings of a comparison. It is silent, keeps metrics.jsonl and checkpoint.pt there,
+    goes on when there is a checkpoint, and answers Ctrl-C by KeyboardInterrupt once it has saved.
     SystemExit: a folder that is no run, or a run of another task or script; numbers that are not finite; Ctrl-C."""
 
-    def __init__(self, script, args, root="runs", log_every=50):
+    def __init__(self, script, args, root="runs", log_every=50, inside=None):
+        self._inside = inside is not None
+        self._resumes = (Path(inside) / "checkpoint.pt").exists() if inside else bool(args.resume)
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.script, self.args, self.log_every = script, args, log_every
         self.save_every = getattr(args, "save_every", 60.0)
@@ -1536,13 +1540,14 @@ class Run:
         self._round, self._stage, self._start = 0, -1, (0, 0, 0)         # start: round, stage, step of the next work
         self._metrics, self._stop, self._saved, self._printed = {}, False, time.time(), time.time()
         self._writer, self._purge, self._lines = None, None, None
-        box = [str(self._folder(root))] if self.rank == 0 else [None]
+        box = [str(inside or self._folder(root))] if self.rank == 0 else [None]
         if self.world > 1:
             torch.distributed.broadcast_object_list(box)
         self.dir = Path(box[0])
+        self.dir.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             self._lines = os.open(self.dir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            if getattr(args, "track", False):
+            if getattr(args, "track", False) and not self._inside:
                 import wandb
                 wandb.init(project=script, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
 
@@ -1583,7 +1588,7 @@ class Run:
         with state_dict and load_state_dict.  facts: plain values stored beside them.  A resumed run loads them now.
         SystemExit: no checkpoint, a damaged one, or one without a part."""
         self.parts, self.facts = {k: v for k, v in parts.items() if v is not None}, facts or {}
-        if not self.args.resume:
+        if not self._resumes:
             return
         state = self.load()
         if missing := [k for k in self.parts if k not in state]:
@@ -1613,7 +1618,7 @@ class Run:
         except Exception as e:                     # a damaged file can raise almost anything
             raise SystemExit(f"{path} is damaged ({type(e).__name__}): restore it, or start without "
                              "--resume") from e
-        if self.args.resume and name == "checkpoint.pt" and self._writer is None and self.rank == 0:
+        if self._resumes and name == "checkpoint.pt" and self._writer is None and self.rank == 0:
             os.ftruncate(self._lines, min(size, os.fstat(self._lines).st_size))
             lines = (self.dir / "metrics.jsonl").read_bytes().splitlines()
             self._purge = json.loads(lines[-1])["step"] + 1 if lines else 0  # hides what came later
@@ -1705,6 +1710,8 @@ class Run:
     def _end_if_asked(self):
         if self._stop:
             self.close()
+            if self._inside:
+                raise KeyboardInterrupt
             program = " ".join(command_line().split()[:3 if "-m" in command_line().split()[:2] else 2])
             raise SystemExit(f"stopped; go on with: {program} --resume {shlex.quote(str(self.dir))}")
 
@@ -1749,7 +1756,7 @@ class Run:
 
     def say(self, text, force=True, every=15.0):
         """Print a line of progress with the time left; without `force` only if the last one is `every` seconds old."""
-        if self.rank == 0 and (force or time.time() - self._printed > every):
+        if self.rank == 0 and not self._inside and (force or time.time() - self._printed > every):
             self._printed, left = time.time(), self.time_left()
             print(text + (f" | {timedelta(seconds=round(left))} left" if left and self.total else ""), flush=True)
 
@@ -1757,14 +1764,14 @@ class Run:
         """One line of metrics.jsonl and one TensorBoard point per number (float or 0-d tensor) of {tag: number}."""
         if self.rank:
             return
-        if self._writer is None:              # imported late: slow, and load() decides where its curves go on
+        if self._writer is None and not self._inside:  # imported late: slow, and load() decides where its curves go on
             from torch.utils.tensorboard import SummaryWriter
             self._writer = SummaryWriter(self.dir, purge_step=self._purge)
         numbers, step = {tag: float(x) for tag, x in numbers.items()}, self.step if step is None else int(step)
         line = json.dumps({"step": step, "time": time.time(), **numbers}) + "\n"
         with _full_disk(self.dir):
             os.write(self._lines, line.encode())
-            for tag, x in numbers.items():
+            for tag, x in numbers.items() if self._writer else ():
                 self._writer.add_scalar(tag, x, step)
 
     def finish(self, result):
