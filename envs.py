@@ -16,6 +16,7 @@ Vocabulary: O observation size, A action size, T agent steps of an episode, n en
 An agent step is `action_repeat` control steps with the same action and the summed reward.
 MT30 and MT80 are the task sets of TD-MPC2 (Hansen et al., 2024) in its order: the position is the task id.
 """
+import contextlib
 import difflib
 import functools
 import importlib
@@ -39,11 +40,16 @@ import numpy as np
 
 
 class Facts(NamedTuple):
-    """Sizes of a task."""
+    """Sizes of a task, the scale of its score, and whether its episodes may end by themselves."""
     obs_dim: int                                  # O, also when the environment is asked for pixels
     act_dim: int                                  # A
     episode_length: int                           # agent steps until truncation
     action_repeat: int                            # control steps per agent step
+    scale: float | None = None                    # return that scores 1; 0.0: success is the score; None: the return is
+    ends: bool = True                             # may be terminated before the time limit
+
+    def __iter__(self):                           # for the time of the move: four fields are unpacked in places
+        return iter(self[:4])
 
 
 # -------------------------------------------------------------------------------- task tables
@@ -92,12 +98,15 @@ SUITES = {"mt30": MT30, "mt80": MT80}             # names of task sets
 def task_facts(task):
     """Facts of a task. Those of our own lists come from tables; any other task is made once to be measured."""
     if task in _MT30_DIMS:
-        return Facts(*_MT30_DIMS[task], 500, 2)
+        return Facts(*_MT30_DIMS[task], 500, 2, 1000.0, False)
     if task in LOCOMOTION:
         return Facts(*_LOCOMOTION_DIMS[task], 1000, 1)
     if task in TOY:
-        return Facts(*_TOY_FACTS[task])
-    return Facts(39, 4, 100, 2) if task in METAWORLD50 else _measured_facts(task)
+        return Facts(*_TOY_FACTS[task], None, task == "ball-wall")
+    if task in METAWORLD50:
+        return Facts(39, 4, 100, 2, 0.0, False)
+    family = _registered(task)
+    return family.facts if family else _measured_facts(task)
 
 
 @functools.cache
@@ -112,12 +121,52 @@ def score(task, ret, success):
     the human-normalised score: 0 a random policy, 1 a human tester.
 
     Gymnasium ids, LOCOMOTION and TOY have no published scale: the return comes back as it is, also outside [0, 1]."""
-    if task in METAWORLD50:
-        return float(success)
     if (game := task.partition("@")[0]) in ATARI_SCORES:
         random, human = ATARI_SCORES[game]
         return (float(ret) - random) / (human - random)
-    return float(ret) if task in LOCOMOTION + TOY or _is_gymnasium_id(task) else float(ret) / 1000.0
+    scale = task_facts(task).scale
+    if scale is None:
+        return float(ret)
+    return float(ret) / scale if scale else float(success)
+
+
+class _Family(NamedTuple):
+    facts: Facts
+    make: object
+    batch: object
+
+
+_FAMILIES = {}
+
+
+def register(name, facts, make, batch=None):
+    """Add a task of your own, called "module:rest" after the module whose import registers it.
+
+    facts: Facts. make(seed, obs) -> gymnasium.Env. batch(n, seed, workers) -> n of them side by side, see beside;
+    None: as many single ones. SystemExit: a name without a module, or facts that are no Facts."""
+    if ":" not in name or not isinstance(facts, Facts):
+        raise SystemExit(f"register got the name {name!r} and facts {facts!r}; expected 'module:name' of the module that "
+                         "registers it, and Facts(obs_dim, act_dim, episode_length, action_repeat, scale, ends)")
+    _FAMILIES[name] = _Family(facts, make, batch)
+
+
+def _registered(task):
+    """The family of a task "module:rest", whose module is imported first; None if it registered no such name."""
+    if task not in _FAMILIES and ":" in task:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(task.partition(":")[0])
+    return _FAMILIES.get(task)
+
+
+def beside(task, n, seed=0, workers=1):
+    """n environments of a task side by side: its registered batch, otherwise a Flock. All have
+
+    reset() -> obs (n, O); step(act (n, A)) -> obs, rew, terminated, truncated, last (obs before a restart);
+    state_dict() -> {name: array}; load_state_dict(state) -> obs, from where it goes on with the same steps; close()."""
+    if task in LOCOMOTION:
+        return Herd(task, n, seed, workers)
+    family = _registered(task)
+    return family.batch(n, seed, workers) if family and family.batch else Flock(task, n, seed)
 
 
 def _is_gymnasium_id(task):
@@ -166,6 +215,8 @@ def make_env(task, seed=0, obs="state", size=64, **options):
         return _MetaWorld(task, seed, obs, size, **options)
     if options:
         raise SystemExit(f"make_env got {', '.join(options)} for {task!r}; expected no options for this kind of task")
+    if family := _registered(task):
+        return _Own(task, family, seed, obs, size)
     own = _Walker if task in LOCOMOTION else _Toy if task in TOY else _Gymnasium
     return (own if own is not _Gymnasium or _is_gymnasium_id(task) else _Suite)(task, seed, obs, size)
 
@@ -257,7 +308,7 @@ class _Suite(_Env):
         self._centre, self._half = _rescale(spec.minimum, spec.maximum)
         with env.physics.reset_context():
             env.task.initialize_episode(env.physics)
-        self._setup(task, seed, obs, size, Facts(len(self._flat()), *spec.shape, 500, 2))
+        self._setup(task, seed, obs, size, Facts(len(self._flat()), *spec.shape, 500, 2, 1000.0, False))
 
     def _flat(self):                              # some entries are 0-d (walker height, fish upright)
         return np.concatenate([np.ravel(x) for x in self._plant.get_observation(self._physics).values()])
@@ -315,7 +366,7 @@ class _MetaWorld(_Env):
         if obs == "pixels":                       # shadow maps of 4096 x 4096: half of the time
             env.model.vis.quality.shadowsize = 1024
         self._env = env
-        self._setup(task, seed, obs, size, Facts(39, 4, length, repeat))
+        self._setup(task, seed, obs, size, Facts(39, 4, length, repeat, 0.0, False))
 
     def _restart(self, seed):
         if seed is not None:
@@ -386,6 +437,16 @@ class _Gymnasium(_Env):
         if frame is None:
             raise SystemExit(f"{self.task} draws no frames; expected render mode rgb_array: use obs='state'")
         return frame
+
+
+class _Own(_Gymnasium):
+    """A task of `register`."""
+
+    def __init__(self, task, family, seed, obs, size):
+        self._env = env = family.make(seed, obs)
+        space = env.action_space
+        self._centre, self._half = _rescale(space.low.astype(np.float64), space.high.astype(np.float64))
+        self._setup(task, seed, obs, size, family.facts)
 
 
 class _Atari(gymnasium.Env):
@@ -964,6 +1025,14 @@ class Herd:
         """Arrays from which `load` goes on with the same steps."""
         return dict(state=self._state.copy(), last=self._last.copy(), t=self.t.copy(), episode=self._episode.copy())
 
+    def state_dict(self):
+        """As `state`."""
+        return self.state()
+
+    def load_state_dict(self, state):
+        """Go on from what `state_dict` returned, arrays or tensors -> obs (n, O) float32."""
+        return self.load({k: np.asarray(v) for k, v in state.items()})
+
     def load(self, state):
         """Go on from what `state` returned -> obs (n, O) float32."""
         self._state, self._last, self.t, self._episode = (np.array(state[k]) for k in ("state", "last", "t", "episode"))
@@ -1023,6 +1092,14 @@ class Flock:
     def state(self):
         """Arrays from which `load` goes on with the same steps."""
         return dict(t=self.t.copy(), episode=self._episode.copy(), acts=self._acts.copy())
+
+    def state_dict(self):
+        """As `state`."""
+        return self.state()
+
+    def load_state_dict(self, state):
+        """Go on from what `state_dict` returned, arrays or tensors -> obs (n, O) float32."""
+        return self.load({k: np.asarray(v) for k, v in state.items()})
 
     def load(self, state):
         """Go on from what `state` returned -> obs (n, O) float32."""

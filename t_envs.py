@@ -36,7 +36,7 @@ class Walk(gymnasium.Env):
 for name, fault in (("Walk", ""), ("WalkNaN", "nan"), ("WalkRaise", "raise")):
     if f"{name}-v0" not in gymnasium.registry:
         gymnasium.register(f"{name}-v0", entry_point=Walk, kwargs={"fault": fault})
-WALK = "test_all:Walk-v0"
+WALK = f"{__name__}:Walk-v0"
 
 
 def policy(width):
@@ -174,7 +174,7 @@ def test_mt30_dims_match_the_table(task):
     obs, info = env.reset(seed=0)
     assert (
         facts == env.facts
-        and facts[2:] == (500, 2)
+        and facts[2:] == (500, 2, 1000.0, False)
         and obs.shape == (facts.obs_dim,)
         and info == {"success": 0.0}
     )
@@ -199,7 +199,7 @@ def test_names():
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     assert {f"{n[3:]}-v3" for n in envs.METAWORLD50} == set(ALL_V3_ENVIRONMENTS)
-    assert envs.task_facts("Pendulum-v1") == (3, 1, 200, 1) and envs.task_facts(WALK) == (3, 1, 1000, 1)
+    assert envs.task_facts("Pendulum-v1")[:4] == (3, 1, 200, 1) and envs.task_facts(WALK)[:4] == (3, 1, 1000, 1)
     assert envs.score("walker-walk", 500.0, 0.0) == 0.5 and envs.score("mw-reach", 900.0, 1.0) == 1.0
     assert envs.score("Pendulum-v1", -300.0, 0.0) == -300.0
 
@@ -424,7 +424,7 @@ def test_import_is_light():
         (lambda: envs.make_env("Pendulum"), "Pendulum-v1"),
         (lambda: envs.task_facts("cup_spin"), "cup-spin"),
         (lambda: envs.make_env("zzzzzz"), "nearest: none"),
-        (lambda: envs.make_env("test_all:Walkk-v0"), "test_all:Walkk-v0.*Walk-v0"),
+        (lambda: envs.make_env(f"{__name__}:Walkk-v0"), "test_all:Walkk-v0.*Walk-v0"),
         (lambda: envs.make_env("no_such_module:Walk-v0"), "no_such_module.*module"),
         (lambda: envs.make_env("CartPole-v1"), "CartPole-v1.*Discrete.*continuous Box"),
         (lambda: envs.make_env("walker-walk", obs="rgb"), "obs='rgb'.*'state' or 'pixels'"),
@@ -458,8 +458,8 @@ def test_no_opengl(monkeypatch):
 @pytest.mark.parametrize(
     "task, sentence",
     [
-        ("test_all:WalkNaN-v0", "WalkNaN.*non-finite.*step"),
-        ("test_all:WalkRaise-v0", "WalkRaise.*gripper fell off"),
+        (f"{__name__}:WalkNaN-v0", "WalkNaN.*non-finite.*step"),
+        (f"{__name__}:WalkRaise-v0", "WalkRaise.*gripper fell off"),
     ],
 )
 def test_bad_environment_is_named(task, sentence):
@@ -590,7 +590,7 @@ def test_a_replay_that_does_not_fit_on_the_disk_says_so(tmp_path, monkeypatch):
 def test_metaworld_pixels_from_the_moved_camera():
     env = envs.make_env("mw-reach", obs="pixels", camera="corner4", repeat=1, length=500)
     obs, _ = env.reset(seed=0)
-    assert obs.shape == (64, 64, 3) and env.facts[2:] == (500, 1) and env.action_space.shape == (4,)
+    assert obs.shape == (64, 64, 3) and env.facts[2:] == (500, 1, 0.0, False) and env.action_space.shape == (4,)
     table = obs[40:].astype(float).mean((0, 1))
     assert table[0] > table[2] + 20  # the wooden table is at the bottom: not upside down
     again = envs.make_env("mw-reach", obs="pixels", camera="corner4", repeat=1, length=500)
@@ -613,7 +613,7 @@ def test_bodies_have_the_papers_sizes_and_start_as_it_says(task):
     joints = m.dof_damping[3 if task == "hopper" else 6:]  # behind the root's
     lowest = {"hopper": 1, "ant": 1 + 10, "anymal": 2 + 10, "humanoid": 0.2 + 10, "muscle-humanoid": 2 + 10}[task]
     assert lowest <= joints.min() < lowest + 1 and len(joints) == nv - (3 if task == "hopper" else 6)
-    assert tuple(envs.task_facts(task)) == (O, A, 1000, 1) and (m.nq, m.nv, m.nu) == (nq, nv, A)
+    assert tuple(envs.task_facts(task)[:4]) == (O, A, 1000, 1) and (m.nq, m.nv, m.nu) == (nq, nv, A)
     assert sum(m.body_mass) == pytest.approx(mass, abs=0.06) and body._rest[1 if task == "hopper" else 2] == height
     assert m.opt.timestep == 1 / 240 and ((m.geom_contype > 0) == (m.geom_type == 0)).all()  # only the floor is touched
     rows = np.stack([body.start(np.random.default_rng(i)) for i in range(500)])
@@ -940,7 +940,7 @@ def test_bad_input_of_bodies_and_toys_is_one_sentence(call, sentence):
 
 
 def walk_into_nan():
-    with envs.Flock("test_all:WalkNaN-v0", 2) as flock:
+    with envs.Flock(f"{__name__}:WalkNaN-v0", 2) as flock:
         flock.reset()
         for _ in range(3):
             flock.step(np.zeros((2, 1)))
