@@ -1,7 +1,7 @@
-"""What the studies share: their flags, cells x seeds, paired intervals and verdicts, tables, and where evidence goes.
+"""What the studies share: flags, cells x seeds, paired intervals and verdicts, tables, and where evidence goes.
 
-A study is a file with one question. Its docstring has the command, the minutes and the rule of the verdict, written before
-the run. Its trainings are cells that are kept when they are finished: a study that was killed goes on with --resume.
+A study is a file with one question. Its docstring has the command, the minutes and the rule of the verdict, fixed
+before the run. Its trainings are cells that are kept when finished: a study that was killed goes on with --resume.
 """
 import dataclasses
 import os
