@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import pickle
 import shlex
 import shutil
 import signal
@@ -500,15 +499,9 @@ class Sampler:
         return obs.view(len(self.tasks), per_task, self.obs_dim)
 
 
-# ------------------------------------------------------------------- reading torch files without running them
-class _Items(dict):
-    """Stands for OrderedDict and its like: keeps the items, ignores the attributes."""
-    def __setstate__(self, state):
-        pass
-
-
+# ----------------------------------------------------------- reading torch files without running them
 class _Object:
-    """Stands for an instance of a class that is never imported: keeps arguments and attributes as values."""
+    """Stands for an instance of a class that is never imported: keeps arguments and attributes."""
     args, state = (), {}                           # unpickling may skip __init__
 
     def __init__(self, *args):
@@ -518,125 +511,81 @@ class _Object:
         self.state = state
 
 
-_NUMPY = {"dtype": type("_Dtype", (_Object,), {}), "_reconstruct": type("_Array", (_Object,), {}),
-          "scalar": type("_Scalar", (_Object,), {}), "ndarray": _Object}
+_NUMPY = {name: type(name, (_Object,), {}) for name in ("dtype", "ndarray", "_reconstruct", "scalar")}
+
+
+def _stand_in(name):
+    """(harmless class, name) for a name in a pickle; None if it is not known to be harmless."""
+    top, last = name.partition(".")[0], name.rpartition(".")[2]
+    if top == "tensordict" and last == "_StringOnlyDict":
+        return OrderedDict, name
+    if top == "tensordict" and last in ("TensorDict", "_make_td") or last == "RunningMeanStd":
+        return _Object, name
+    return (_NUMPY[last], name) if top == "numpy" and last in _NUMPY else None
+
+
+def _numbers(x):
+    """A tensor or a number out of numpy's own pickle layout."""
+    array = isinstance(x, _NUMPY["_reconstruct"])  # state: version, shape, dtype, fortran, bytes
+    shape, dtype, fortran, raw = x.state[1:] if array else ((), x.args[0], False, x.args[1])
+    name = dtype.args[0]
+    if not isinstance(raw, bytes) or name[:1] not in "biufc":
+        raise SystemExit(f"refused numpy dtype {name!r} in the file: only numbers are read")
+    order = dtype.state[1] if dtype.state and dtype.state[1] in "<>" else "="
+    x = np.frombuffer(raw, np.dtype(name).newbyteorder(order)).astype(np.dtype(name))
+    x = x.reshape(shape, order="F" if fortran else "C")
+    return torch.from_numpy(np.ascontiguousarray(x)) if array else x.item()
 
 
 def _plain(x):
-    """Nested dict/list/tuple of tensors and numbers out of the stand-ins above."""
+    """Nested dict/list/tuple of tensors and numbers out of what torch.load gave."""
     if isinstance(x, dict):
-        return {_plain(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(_plain(v) for v in x)
-    if not isinstance(x, _Object):
-        return x
+        return {_plain(k): _plain(v) for k, v in dict.items(x)}
+    if isinstance(x, (list, tuple, set)):
+        return tuple(map(_plain, x)) if isinstance(x, tuple) else list(map(_plain, x))
     if isinstance(x, (_NUMPY["_reconstruct"], _NUMPY["scalar"])):
-        # numpy's own pickle layout: array state (version, shape, dtype, fortran, bytes); scalar(dtype, bytes)
-        array = isinstance(x, _NUMPY["_reconstruct"])
-        shape, dtype, fortran, raw = x.state[1:] if array else ((), *x.args[:1], False, x.args[1])
-        name = dtype.args[0]
-        if not isinstance(raw, bytes) or name[:1] not in "biufc":
-            raise SystemExit(f"refused numpy dtype {name!r} in the file: only numbers are read")
-        order = dtype.state[1] if dtype.state and dtype.state[1] in "<>" else "="
-        value = np.frombuffer(raw, np.dtype(name).newbyteorder(order)).astype(np.dtype(name))
-        value = value.reshape(shape, order="F" if fortran else "C")
-        return torch.from_numpy(np.ascontiguousarray(value)) if array else value.item()
-    state = x.args[1] if len(x.args) == 2 else x.state      # tensordict pickles f(cls, state) since 2025
-    return _plain(state.get("_tensordict", state))
-
-
-class _Reader(pickle.Unpickler):
-    """Looks names up in a table of harmless stand-ins; a name that is not in it is refused, never imported."""
-
-    def __init__(self, file, storage, path):
-        super().__init__(file)
-        self.persistent_load, self.path = storage, path
-
-    def find_class(self, module, name):
-        full, top = f"{module}.{name}", module.split(".")[0]
-        dtype = getattr(torch, name.removesuffix("Storage").lower(), None)
-        if full in _KNOWN:
-            return _KNOWN[full]
-        if name == "RunningMeanStd" or \
-                top == "tensordict" and name in ("TensorDict", "_StringOnlyDict", "_make_td"):
-            return _Items if name == "_StringOnlyDict" else _Object
-        if module == "torch" and isinstance(dtype, torch.dtype):           # torch.FloatStorage, torch.float32
-            return dtype
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in _NUMPY:
-            return _NUMPY[name]
-        raise SystemExit(f"{self.path} asks for {full}, which is not on the list of harmless names: refused, "
-                         "nothing was executed; if you trust the file, re-save it as a dict of tensors")
-
-
-def _tensor(storage, offset, size, stride, *_):
-    return torch.as_strided(storage, size, stride, offset)
-
-
-def _tensor_v3(storage, offset, size, stride, grad, hooks, dtype, *_):
-    return torch.as_strided(storage.view(dtype), size, stride, offset)
-
-
-def _first(x=(), *_):
-    return x
-
-
-def _latin1(text, *_):
-    return text.encode("latin1")                   # how protocol 2 writes bytes
-
-
-_KNOWN = {"collections.OrderedDict": _Items, "torch.Size": tuple,
-          "torch.device": lambda *where: ":".join(map(str, where)),
-          "torch._utils._rebuild_tensor_v2": _tensor, "torch._utils._rebuild_tensor_v3": _tensor_v3,
-          "torch._utils._rebuild_parameter": _first,
-          "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
-          "torch.storage.UntypedStorage": torch.uint8, "_codecs.encode": _latin1,
-          "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8, "builtins.set": list,
-          "__builtin__.set": list}
+        return _numbers(x)
+    if isinstance(x, _Object):
+        state = x.args[1] if len(x.args) == 2 else x.state  # tensordict pickles f(cls, state) since 2025
+        return _plain(state.get("_tensordict", state))
+    if isinstance(x, torch.device):
+        return str(x)
+    if isinstance(x, torch.Tensor):
+        return x.detach()
+    if x is None or isinstance(x, (bool, int, float, complex, str, bytes, torch.dtype)):
+        return x
+    raise TypeError(f"it holds a {type(x).__name__}")
 
 
 def safe_load(path, mmap=True):
-    """Nested dict/list/tuple of tensors from a file of torch.save, without executing anything that it contains.
+    """Nested dict/list/tuple of tensors from a file of torch.save; nothing in it is executed.
 
-    Reads plain containers, state dicts, TensorDicts (both pickle layouts; tensordict is not needed), numpy numbers.
-    mmap: tensors are private copy-on-write views of the file, so that opening 13 GB is instant; False: read all.
-    SystemExit: no such file, no torch zip file, cut short, damaged, or a name that is not known to be harmless."""
-    import mmap as maps
-    path, cache = Path(path), {}
+    Reads plain containers, state dicts, TensorDicts (both pickle layouts; tensordict is not needed),
+    numpy numbers.  mmap: tensors are private copy-on-write views of the file, so that opening 13 GB
+    is instant; False: read all.  SystemExit: no such file, no torch zip file, cut short, damaged, or
+    a name that is not known to be harmless."""
+    path = Path(path)
+    if not path.exists():
+        raise SystemExit(f"no file {path}: expected a file written by torch.save")
     try:
-        with open(path, "rb") as f:
-            archive = zipfile.ZipFile(f)
-            infos = {i.filename.partition("/")[2]: i for i in archive.infolist()}
-            # 0x4000 = MAP_NORESERVE: a private map bigger than RAM is refused without it
-            whole = maps.mmap(f.fileno(), 0, maps.MAP_PRIVATE | 0x4000, maps.PROT_READ | maps.PROT_WRITE)
-
-            def storage(pid):
-                _, dtype, key, _, numel = pid      # ("storage", type, key, device, number of elements)
-                if key not in cache:
-                    info = infos[f"data/{key}"]
-                    extra = int.from_bytes(whole[info.header_offset + 26:info.header_offset + 28], "little")
-                    extra += int.from_bytes(whole[info.header_offset + 28:info.header_offset + 30], "little")
-                    start = info.header_offset + 30 + extra
-                    if not info.file_size:
-                        cache[key] = torch.empty(0, dtype=torch.uint8)
-                    elif mmap and info.compress_type == zipfile.ZIP_STORED and start % 8 == 0:
-                        n = info.file_size
-                        cache[key] = torch.frombuffer(whole, dtype=torch.uint8, count=n, offset=start)
-                    else:
-                        cache[key] = torch.frombuffer(bytearray(archive.read(info)), dtype=torch.uint8)
-                return cache[key][:numel * dtype.itemsize].view(dtype)
-
-            if "byteorder" in infos and archive.read(infos["byteorder"]).decode() != sys.byteorder:
-                raise SystemExit(f"{path} was written on a machine of another byte order: save it again on "
-                                 "this one")
-            return _plain(_Reader(io.BytesIO(archive.read(infos["data.pkl"])), storage, path).load())
-    except FileNotFoundError:
-        raise SystemExit(f"no file {path}: expected a file written by torch.save") from None
-    except zipfile.BadZipFile:
-        with open(path, "rb") as f:
-            kind = "is cut short: get it again" if f.read(2) == b"PK" else "is no file of torch.save (>= 1.6)"
-        raise SystemExit(f"{path} ({path.stat().st_size} bytes) {kind}") from None
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as f:
+                cut = f.read(2) == b"PK"
+            raise SystemExit(f"{path} ({path.stat().st_size} bytes) " + (
+                "is cut short: get it again" if cut else "is no file of torch.save (>= 1.6)"))
+        with zipfile.ZipFile(path) as archive:
+            stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+        names = {x: _stand_in(x) for x in torch.serialization.get_unsafe_globals_in_checkpoint(path)}
+        if strange := [x for x, known in names.items() if known is None]:
+            raise SystemExit(f"{path} asks for {strange[0]}, which is not on the list of harmless names: "
+                             "refused, nothing was executed; if you trust the file, re-save it as a dict "
+                             "of tensors")
+        with torch.serialization.safe_globals(list(names.values())):
+            x = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and stored)
+        return _plain(x)
     except Exception as e:                     # whatever a damaged pickle can cause; nothing has been changed
-        raise SystemExit(f"{path} is damaged or no torch file ({type(e).__name__}: {e}): get it again") from e
+        raise SystemExit(f"{path} is damaged or no torch file ({type(e).__name__}: "
+                         f"{' '.join(str(e).split())[:200]}): get it again") from e
 
 
 # --------------------------------------------------------------------------------------------------- frames
@@ -1677,7 +1626,7 @@ class Run:
                 told = log_every and ((step + 1) % log_every == 0 or step + 1 == n)
                 late = self._stop or time.time() - self._saved > self.save_every
                 if told or late or step + 1 == n:
-                    numbers = self._read(shared)
+                    numbers = self._read(shared and bool(told))
                     have = self.spent.get(kind, (0, 0.0))
                     self.spent[kind] = have[0] + counted * pieces, have[1] + time.time() - began
                     began, counted = time.time(), 0

@@ -634,6 +634,7 @@ def test_malicious_pickles_are_refused(tmp_path, make):
 def test_handmade_pickles_end_in_one_sentence(tmp_path, body):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as z:
         z.writestr("a/data.pkl", body)
+        z.writestr("a/version", "3\n")
     with says("a.pt"):
         safe_load(tmp_path / "a.pt")
 
