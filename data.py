@@ -12,6 +12,7 @@ expected, what to type.
 """
 import csv
 import errno
+import importlib
 import io
 import json
 import math
@@ -775,80 +776,109 @@ def convert_tdmpc2(src, dst, tasks=None, dims=None, progress=True):
     return episodes
 
 
-# ------------------------------------------------------------------------------------------- video made on the spot
-VIDEO_VERSION = 1             # of the scenes below; raise it when the same recipe would give other pixels
-PART_CLIPS = 20               # clips in one file of a cache, which is what a killed rendering loses at most
-FORK_STEPS = 4                # length of the counterfactual branch of every clip, in frames
-VIDEO_KINDS = ("objects", "pushed", "humanoid", "crowd")
-HUMANOID_PARTS = ("torso", "left arm", "right arm", "left leg", "right leg")
-FAMILIES = ("all", "arms", "legs", "left", "right", "torso", "wave", "walk", "jumping-jack", "kick")
-PALETTE = np.array([(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 100, 220), (245, 130, 48), (145, 30, 180),
-                    (70, 240, 240), (240, 50, 230)]) / 255
+# ------------------------------------------------------------------------- video made on the spot
+VIDEO_VERSION = 1        # of what is rendered; raise it when the same recipe would give other pixels
+PART_CLIPS = 20          # clips in one file of a cache, which is what a killed rendering loses at most
+FORK_STEPS = 4           # frames of the counterfactual branch of a clip
 TAN = (0.7, 0.5, 0.3)
+PALETTE = np.array([(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 100, 220), (245, 130, 48),
+                    (145, 30, 180), (70, 240, 240), (240, 50, 230)]) / 255
+MOVED_SCENES = {"pushed": "studies.scenes:Pushed", "humanoid": "studies.scenes:Humanoid",
+                "crowd": "studies.scenes:Crowd", "mocapact": "python -m studies.mocapact"}
+_ROOM = """<mujoco><option timestep="0.01"/><visual><headlight ambient="0.45 0.45 0.45"
+diffuse="0.5 0.5 0.5" specular="0 0 0"/></visual><asset><texture name="c" type="2d" builtin="checker"
+rgb1=".35 .35 .35" rgb2=".6 .6 .6" width="64" height="64"/><material name="checker" texture="c"
+texrepeat="6 6"/></asset><worldbody><geom name="floor" type="plane" size="30 30 .1" friction=".4"
+{floor}/>{bodies}</worldbody><actuator>{motors}</actuator></mujoco>"""
 
 
-def humanoid_part(name):
-    """1..5 for a body, joint or actuator of the CMU humanoid: its place in HUMANOID_PARTS, from 1."""
-    name = name.split("/")[-1]
-    arm = any(x in name for x in ("clavicle", "humerus", "radius", "wrist", "hand", "finger", "thumb"))
-    leg = any(x in name for x in ("femur", "tibia", "foot", "toes"))
-    return (2 if arm else 4) + (name[0] == "r") if arm or leg else 1
-
-
-def _smooth(rng, n, m, every):
-    """(n, m) commands in [-1, 1]: a new target every few frames, cosine interpolation between them."""
-    keys = rng.uniform(-1, 1, (n // every + 2, m))
-    t = np.arange(n) / every
-    i, w = t.astype(int), (1 - np.cos(np.pi * (t % 1))) / 2
-    return keys[i] * (1 - w[:, None]) + keys[i + 1] * w[:, None]
-
-
-class _Scene:
-    """A simulation that can be filmed. A subclass sets model, data (MuJoCo's), substeps, parts and inst (a label per
-    geom, 0 = background; inst None: as parts), part_names, action_names, groups (actions of each part) and defines
-    start(rng, clip, n) -> (task id, actions (n, m)), which also chooses colours and self.camera."""
-    inst, step_hook = None, None
+class Scene:
+    """A simulation that can be filmed.  A subclass sets model and data (MuJoCo's), parts and inst
+    (label of each geom, 0 = background; inst None: as parts), the names below and groups (actions of
+    each part), and defines start(rng, clip, n) -> (task id, actions (n, m)), which also chooses
+    colours and camera.  color: parts or default; floor: plain or checker."""
+    kind, fps, substeps, inst = None, 12, 8, None    # kind: what recipes say, else module:Class
+    part_names, action_names, groups, task_names = (), (), [], None
 
     def __init__(self, color, floor):
         import mujoco
         self.mj, self.color, self.floor, self.camera = mujoco, color, floor, mujoco.MjvCamera()
 
+    def build(self, bodies, motors=""):
+        """Make a room with these MuJoCo bodies and motors."""
+        floor = 'material="checker" rgba="1 1 1 1"'
+        floor = floor if self.floor == "checker" else 'rgba=".5 .5 .5 1"'
+        xml = _ROOM.format(floor=floor, bodies=bodies, motors=motors)
+        self.model = self.mj.MjModel.from_xml_string(xml)
+        self.data = self.mj.MjData(self.model)
+
+    def split_of(self, clip):
+        """0 train, 1 test, 2 validation."""
+        return (0, 0, 0, 0, 0, 0, 0, 1, 1, 2)[clip % 10]
+
+    def step_hook(self, rng, t):
+        """Called before every frame."""
+
+    def branch(self, rng, group, actions):
+        """fork_frame, fork_actions, fork_group of make_video, where a scene has them."""
+        return {}
+
     def open(self, size):
-        """Prepare for pictures of size x size. What is switched off here cost 98 % of the time of a frame."""
-        self.model.vis.quality.offsamples = 0                       # anti-aliasing: rendered at 2x and averaged instead
+        """Prepare for pictures of size x size.  What is switched off cost 98 % of a frame's time."""
+        quality = self.model.vis.quality
+        quality.offsamples = 0                       # rendered at 2x and averaged instead
+        quality.numslices, quality.numstacks = 8, 6
         self.model.vis.global_.offwidth = self.model.vis.global_.offheight = 2 * size
-        self.model.vis.quality.numslices, self.model.vis.quality.numstacks = 8, 6
         self.size, self.renderer = size, self.mj.Renderer(self.model, 2 * size, 2 * size)
         for flag in ("SHADOW", "REFLECTION", "SKYBOX"):
             self.renderer.scene.flags[getattr(self.mj.mjtRndFlag, f"mjRND_{flag}")] = 0
 
     def look(self, at, distance, elevation, azimuth):
+        """Place the camera."""
         self.camera.lookat[:] = at
-        self.camera.distance, self.camera.elevation, self.camera.azimuth = distance, elevation, azimuth
+        self.camera.distance, self.camera.elevation = distance, elevation
+        self.camera.azimuth = azimuth
+
+    def paint(self, geoms, color):
+        """Give geoms a colour."""
+        self.model.geom_matid[geoms] = -1
+        self.model.geom_rgba[geoms] = (*color, 1)
+
+    def advance(self, action):
+        """Simulate one frame."""
+        if len(action):
+            self.data.ctrl[:] = action
+        self.mj.mj_step(self.model, self.data, self.substeps)
 
     def rgb(self):
+        """(H,W,3) u8, the picture now."""
         self.renderer.update_scene(self.data, self.camera)
         x = self.renderer.render().reshape(self.size, 2, self.size, 2, 3)
         return (x.astype(np.uint16).sum((1, 3)) // 4).astype(np.uint8)
 
-    def geoms(self):
-        """Geom id of every pixel (-1: none), of the scene that rgb() set up."""
-        self.renderer.enable_segmentation_rendering()
-        x = self.renderer.render()[1::2, 1::2]
-        self.renderer.disable_segmentation_rendering()
-        return np.where(x[..., 1] == int(self.mj.mjtObj.mjOBJ_GEOM), x[..., 0], -1)
+    def shoot(self, before):
+        """{video, seg (and inst), flow, state} of a frame; before = geom (xpos, xmat) at the last."""
+        picture, renderer = self.rgb(), self.renderer
+        renderer.enable_segmentation_rendering()
+        x = renderer.render()[1::2, 1::2]
+        renderer.disable_segmentation_rendering()
+        geoms = np.where(x[..., 1] == int(self.mj.mjtObj.mjOBJ_GEOM), x[..., 0], -1)    # -1: none
+        labels = {"seg": self.parts} | ({"inst": self.inst} if self.inst is not None else {})
+        masks = {k: np.where(geoms >= 0, x[geoms], 0).astype(np.uint8) for k, x in labels.items()}
+        state = self.data.xpos[1:].ravel().astype(np.float32)
+        return {"video": picture, **masks, "flow": self._flow(geoms, before), "state": state}
 
-    def flow(self, geoms, before):
-        """Backward optical flow (H,W,2), (dx,dy) in pixels from frame t to t-1, exact for rigid geoms: a pixel is
-        unprojected with its depth, carried along by its geom, and projected. before = geom (xpos, xmat) at t-1."""
+    def _flow(self, geoms, before):
+        """Backward optical flow, exact for rigid geoms: a pixel is unprojected with its depth, carried
+        back by its geom, and projected."""
         self.renderer.enable_depth_rendering()
         depth = self.renderer.render()[1::2, 1::2]
         self.renderer.disable_depth_rendering()
         eyes = self.renderer.scene.camera
         eye, forward, up = (np.mean([getattr(c, k) for c in eyes], 0) for k in ("pos", "forward", "up"))
-        frame = np.stack([np.cross(forward, up), -up, forward])                       # rows: right, down, forward
+        frame = np.stack([np.cross(forward, up), -up, forward])      # rows: right, down, forward
         focal = self.size / 2 / math.tan(math.radians(self.model.vis.global_.fovy) / 2)
-        at = (np.arange(self.size) + 0.75 - self.size / 2) / focal        # the pixel of the 2x picture that was kept
+        at = (np.arange(self.size) + 0.75 - self.size / 2) / focal   # the pixel of 2x that was kept
         ray = np.stack([*np.meshgrid(at, at), np.ones((self.size, self.size))], -1)
         world = (ray * depth[..., None]) @ frame + eye
         pos, mat = self.data.geom_xpos[geoms], self.data.geom_xmat[geoms].reshape(*geoms.shape, 3, 3)
@@ -858,471 +888,188 @@ class _Scene:
         flow = focal * (seen[..., :2] / seen[..., 2:] - ray[..., :2])
         return np.where((geoms >= 0)[..., None], flow, 0).astype(np.float16)
 
-    def advance(self, action):
-        if len(action):
-            self.data.ctrl[:] = action
-        self.mj.mj_step(self.model, self.data, self.substeps)
-
-    def paint(self, geoms, color):
-        self.model.geom_matid[geoms] = -1
-        self.model.geom_rgba[geoms] = (*color, 1)
-
     def film(self, rng, clip, frames):
-        """One clip as arrays, see make_video. Two more frames are simulated before the first that is kept."""
+        """One clip as arrays, see make_video.  Two more frames are simulated before it begins."""
         task, actions = self.start(rng, clip, frames + 2)
-        out, fork = {k: [] for k in ("video", "geoms", "flow", "state")}, frames // 2
-        g = int(rng.integers(max(1, len(self.groups))))
-        branch = {"fork_frame": np.zeros((self.size, self.size, 3), np.uint8), "fork_group": np.int16(-1),
-                  "fork_actions": np.zeros((FORK_STEPS, actions.shape[1]), np.float32)}
+        fork, group, shots = frames // 2, int(rng.integers(max(1, len(self.groups)))), []
+        out = {"fork_frame": np.zeros((self.size, self.size, 3), np.uint8), "fork_group": np.int16(-1),
+               "fork_actions": np.zeros((FORK_STEPS, actions.shape[1]), np.float32)}
         for t, action in enumerate(actions):
             before = self.data.geom_xpos.copy(), self.data.geom_xmat.copy()
-            if self.step_hook:
-                self.step_hook(rng, t)
+            self.step_hook(rng, t)
             self.advance(action)
             if t < 2:
                 continue
-            self.mj.mj_forward(self.model, self.data)      # mj_step leaves positions one substep behind
-            out["video"].append(self.rgb())
-            out["geoms"].append(self.geoms())
-            out["flow"].append(self.flow(out["geoms"][-1], before))
-            out["state"].append(self.data.xpos[1:].ravel().astype(np.float32))
-            if self.groups and len(out["video"]) - 1 == fork and fork + FORK_STEPS < frames:
-                branch = self.branch(rng, g, actions[t + 1:t + 1 + FORK_STEPS])
-        geoms = np.stack(out.pop("geoms"))
-        labels = {"seg": self.parts} | ({"inst": self.inst} if self.inst is not None else {})
-        masks = {k: np.where(geoms >= 0, x[geoms], 0).astype(np.uint8) for k, x in labels.items()}
-        return {**{k: np.stack(x) for k, x in out.items()}, **masks, **branch, "task": np.int16(task),
-                "actions": actions[2:].astype(np.float32)}
-
-    def branch(self, rng, g, actions):
-        """What the next frames would have shown, had the actions of group g been others; the state is restored."""
-        kind = self.mj.mjtState.mjSTATE_INTEGRATION
-        saved = np.empty(self.mj.mj_stateSize(self.model, kind))
-        self.mj.mj_getState(self.model, self.data, saved, kind)
-        other = actions.copy()
-        other[:, self.groups[g]] = self.redraw(rng)[self.groups[g]]
-        for action in other:
-            self.advance(action)
-        self.mj.mj_forward(self.model, self.data)
-        frame = self.rgb()
-        self.mj.mj_setState(self.model, self.data, saved, kind)
-        self.mj.mj_forward(self.model, self.data)
-        return {"fork_frame": frame, "fork_actions": other.astype(np.float32), "fork_group": np.int16(g)}
-
-    def redraw(self, rng):
-        return rng.uniform(-1, 1, len(self.action_names))
+            self.mj.mj_forward(self.model, self.data)  # mj_step leaves positions one substep behind
+            shots.append(self.shoot(before))
+            if self.groups and len(shots) == fork + 1 and fork + FORK_STEPS < frames:
+                out |= self.branch(rng, group, actions[t + 1:t + 1 + FORK_STEPS])
+        out |= {k: np.stack([shot[k] for shot in shots]) for k in shots[0]}
+        return out | {"task": np.int16(task), "actions": actions[2:].astype(np.float32)}
 
 
-_ROOM = """<mujoco><option timestep="0.01"/><visual><headlight ambient="0.45 0.45 0.45" diffuse="0.5 0.5 0.5"
-specular="0 0 0"/></visual><asset><texture name="c" type="2d" builtin="checker" rgb1=".35 .35 .35" rgb2=".6 .6 .6"
-width="64" height="64"/><material name="checker" texture="c" texrepeat="6 6"/></asset><worldbody>
-<geom name="floor" type="plane" size="30 30 .1" rgba=".5 .5 .5 1" friction=".4" {floor}/>{walls}{bodies}</worldbody>
-<actuator>{motors}</actuator></mujoco>"""
-
-
-class _Objects(_Scene):
-    """2 to 5 free bodies of four shapes and eight colours that slide and collide in a box without visible walls."""
-    substeps, part_names, action_names, groups = 8, tuple(f"object {i}" for i in range(1, 6)), (), []
+class Objects(Scene):
+    """2 to 5 free bodies of four shapes and eight colours that collide in a box of unseen walls."""
+    kind, part_names = "objects", tuple(f"object {i}" for i in range(1, 6))
 
     def __init__(self, color, floor):
         super().__init__(color, floor)
-        # 5 of each shape, and each clip moves the ones that it does not use behind the camera: one model for all clips
-        bodies = "".join(f'<body pos="0 -20 .5"><freejoint/><geom type="{shape}" size=".3 .3 .3" mass="1"/></body>'
-                         for shape in ("sphere", "box", "cylinder", "capsule") for _ in range(5))
-        walls = "".join(f'<geom type="plane" size="9 9 .1" pos="{x} {y} 0" zaxis="{-x} {-y} 0" rgba="0 0 0 0"/>'
-                        for x, y in ((1.9, 0), (-1.9, 0), (0, 1.6), (0, -1.6)))
-        self.model = self.mj.MjModel.from_xml_string(_ROOM.format(
-            bodies=bodies, walls=walls, motors="", floor='material="checker" rgba="1 1 1 1"' * (floor == "checker")))
-        self.data = self.mj.MjData(self.model)
+        # 5 of each shape; each clip leaves those it does not use behind the camera: one model for all
+        bodies = "".join(f'<body pos="0 -20 .5"><freejoint/><geom type="{shape}" size=".3 .3 .3" '
+                         'mass="1"/></body>' * 5 for shape in ("sphere", "box", "cylinder", "capsule"))
+        walls = "".join(f'<geom type="plane" size="9 9 .1" pos="{x} {y} 0" zaxis="{-x} {-y} 0" '
+                        'rgba="0 0 0 0"/>' for x, y in ((1.9, 0), (-1.9, 0), (0, 1.6), (0, -1.6)))
+        self.build(walls + bodies)
         self.first = int(self.model.body_geomadr[1])
 
     def start(self, rng, clip, n):
+        """Choose bodies, sizes, colours and places; nothing is commanded."""
         m, d = self.model, self.data
         self.mj.mj_resetData(m, d)
-        chosen = rng.permutation(20)[:rng.integers(2, 6)]
+        self.chosen = rng.permutation(20)[:rng.integers(2, 6)]
         colors = PALETTE[rng.permutation(8)] if self.color == "parts" else [TAN] * 5
         self.parts = np.zeros(m.ngeom, np.uint8)
         m.geom_contype[self.first:] = m.geom_conaffinity[self.first:] = 0
         m.body_gravcomp[1:] = 1
-        cells = [(x, y) for x in (-1.2, 0, 1.2) for y in (-0.9, 0.3)]                 # start apart
-        for i, (b, c) in enumerate(zip(chosen, rng.permutation(len(cells)))):
+        cells = np.stack([np.repeat((-1.2, 0, 1.2), 2), np.tile((-0.9, 0.3), 3)], 1)   # start apart
+        for i, (b, c) in enumerate(zip(self.chosen, rng.permutation(len(cells)))):
             geom, joint, size = self.first + b, 7 * b, rng.uniform(0.28, 0.45)
-            m.geom_size[geom] = (size, size, size) if b < 10 else (size * 0.9, size * (0.9 if b < 15 else 0.6), 0)
+            width = size * (0.9 if b < 15 else 0.6)
+            m.geom_size[geom] = (size, size, size) if b < 10 else (size * 0.9, width, 0)
             m.geom_rbound[geom] = 2 * size
             m.geom_contype[geom] = m.geom_conaffinity[geom] = 1
             m.body_gravcomp[1 + b] = 0
             self.paint(geom, colors[i])
             self.parts[geom] = i + 1
-            d.qpos[joint:joint + 3] = (*(np.array(cells[c]) + rng.uniform(-0.15, 0.15, 2)), rng.uniform(0.5, 1.6))
+            place = cells[c] + rng.uniform(-0.15, 0.15, 2)
+            d.qpos[joint:joint + 3] = (*place, rng.uniform(0.5, 1.6))
             quat = rng.normal(size=4)
             d.qpos[joint + 3:joint + 7] = quat / np.linalg.norm(quat)
-        self.chosen = chosen
         self.look((0, 0, 0.1), 5.1, -40, 90)
         return 0, np.zeros((n, 0))
 
     def step_hook(self, rng, t):
-        if t % 8 == 0:                                      # a kick now and then: friction would stop everything
+        """A kick now and then: friction would stop everything."""
+        if t % 8 == 0:
             for b in self.chosen:
                 self.data.qvel[6 * b:6 * b + 2] = rng.uniform(-3, 3, 2)
 
 
-class _Pushed(_Scene):
-    """Sphere, box and cylinder on a table; two actions each push one of them, so that who moves what is known."""
-    substeps, part_names, groups = 8, ("sphere", "box", "cylinder"), [[0, 1], [2, 3], [4, 5]]
-    action_names = tuple(f"{p} {x}" for p in part_names for x in "xy")
-
-    def __init__(self, color, floor):
-        super().__init__(color, floor)
-        bodies = "".join(
-            f'<body pos="0 0 .4"><joint name="{shape}x" type="slide" axis="1 0 0" range="-1.4 1.4" limited="true" '
-            f'damping="2"/><joint name="{shape}y" type="slide" axis="0 1 0" range="-1.1 1.1" limited="true" '
-            f'damping="2"/><geom type="{shape}" size=".4 .38 .36" mass="1" friction="0"/></body>'
-            for shape in self.part_names)
-        motors = "".join(f'<motor joint="{p}{x}" gear="12" ctrlrange="-1 1"/>' for p in self.part_names for x in "xy")
-        self.model = self.mj.MjModel.from_xml_string(_ROOM.format(
-            bodies=bodies, walls="", motors=motors, floor='material="checker" rgba="1 1 1 1"' * (floor == "checker")))
-        self.data = self.mj.MjData(self.model)
-        self.parts = np.arange(self.model.ngeom, dtype=np.uint8)                       # geom 0 is the floor
-        self.model.geom_contype[0] = self.model.geom_conaffinity[0] = 0
-
-    def start(self, rng, clip, n):
-        self.mj.mj_resetData(self.model, self.data)
-        for i, color in enumerate(PALETTE[[0, 1, 3]] if self.color == "parts" else [TAN] * 3):
-            self.paint(1 + i, color)
-        spots = [(x, y) for x in (-1.1, 0, 1.1) for y in (-0.8, 0.8)]
-        where = np.array(spots)[rng.permutation(6)[:3]] + rng.uniform(-0.25, 0.25, (3, 2))
-        self.data.qpos[:] = where.ravel()
-        self.look((0, 0, 0.1), 5.1, -40, 90)
-        return 0, _smooth(rng, n, 6, 4)
+def scene_class(kind):
+    """"objects" or module:Class -> a subclass of Scene.  SystemExit: there is none, or it has moved."""
+    if kind in MOVED_SCENES:
+        raise SystemExit(f"the scene {kind} has moved to studies: type {MOVED_SCENES[kind]}")
+    module, _, name = kind.partition(":")
+    try:
+        return Objects if kind == "objects" else getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise SystemExit(f"no scene {kind!r} ({e}): expected objects, or module:Class with a subclass of "
+                         "data.Scene, as studies.scenes:Pushed") from None
 
 
-class _Humanoid(_Scene):
-    """dm_control's CMU humanoid with 56 servos. Without free joint it hangs in the air without gravity and contacts, so
-    that every action has a local, repeatable effect and nothing falls; count > 1: a crowd, 1.2 m apart."""
-    substeps = 6                                                                       # of 5 ms: 33 frames/s
-
-    def __init__(self, color, floor, count=1, free=False):
-        super().__init__(color, floor)
-        from dm_control import mjcf
-        from dm_control.locomotion.arenas.floors import Floor
-        from dm_control.locomotion.walkers.cmu_humanoid import CMUHumanoidPositionControlledV2020
-        arena = Floor((8, 8))
-        for i in range(count):
-            walker = CMUHumanoidPositionControlledV2020(name=f"walker{i}")
-            frame = arena.attach(walker)
-            if free:
-                walker.create_root_joints(frame)
-            else:
-                frame.pos, frame.quat = (0, 1.2 * (i - (count - 1) / 2), 1.143), (0.859, 1, 1, 0.859)
-        self.physics = mjcf.Physics.from_mjcf_model(arena.mjcf_model)
-        self.model, self.data = m, _ = self.physics.model.ptr, self.physics.data.ptr
-        m.opt.timestep = 0.005
-        m.opt.gravity[:] = 0
-        m.opt.disableflags |= int(self.mj.mjtDisableBit.mjDSBL_CONTACT)
-        body = [m.body(b).name for b in m.geom_bodyid]
-        self.walker = np.array([int(x[6]) + 1 if x.startswith("walker") else 0 for x in body], np.uint8)
-        self.parts = np.array([humanoid_part(x) if w else 0 for x, w in zip(body, self.walker)], np.uint8)
-        self.roots = [m.body(f"walker{i}/").id for i in range(count)]
-        self.inst = self.walker if count > 1 else None
-        self.part_names = HUMANOID_PARTS
-        names = [m.actuator(i).name for i in range(m.nu)]
-        self.action_names = tuple(x.removeprefix("walker0/") for x in names)
-        self.bases = [x.split("/")[-1] for x in names]
-        self.part_of_action = np.array([humanoid_part(x) for x in names])
-        walker_of_action = np.array([int(x[6]) for x in names])
-        # groups: per part for one body, per body for a crowd, to agree with the masks that slots are compared with
-        self.groups = [np.flatnonzero(self.part_of_action == p + 1).tolist() for p in range(5)] if count == 1 else \
-            [np.flatnonzero(walker_of_action == w).tolist() for w in range(count)]
-        low, high = m.jnt_range[m.actuator_trnid[:, 0]].T
-        self.neutral = -(high + low) / (high - low)               # the command of angle 0: 0 is the middle of the range
-        sizes = {"humerus": 0.9, "radius": 0.9, "femur": 0.7, "tibia": 0.7, "clavicle": 0.4, "foot": 0.4, "back": 0.25,
-                 "thorax": 0.25, "head": 0.25}                         # fingers, wrists, toes and neck stay still
-        self.scale = np.array([next((s for k, s in sizes.items() if k in x), 0.0) for x in names])
-        if floor == "plain":
-            self.paint(np.flatnonzero(self.walker == 0), (0.45, 0.5, 0.55))
-
-    def redraw(self, rng):
-        return np.clip(self.neutral + self.scale * rng.uniform(-1, 1, len(self.scale)), -1, 1)
-
-    def motion(self, rng, family, n):
-        """(n, m) servo commands of one family of motion."""
-        part = self.part_of_action
-        moving = {"arms": (2, 3), "legs": (4, 5), "left": (2, 4), "right": (3, 5), "torso": (1,), "wave": (3,),
-                  "walk": (2, 3, 4, 5), "jumping-jack": (2, 3, 4, 5), "kick": (5,)}.get(family, (1, 2, 3, 4, 5))
-        if family in FAMILIES[:6]:
-            drive = _smooth(rng, n, len(part), 8)
-        else:                # sinusoids; a pair of limbs shares its weights, mirrored about all axes but the first
-            shared = dict.fromkeys(x[1:] if p > 1 else x for x, p in zip(self.bases, part))
-            shared = {x: rng.uniform(0.4, 1) * rng.choice((-1, 1)) for x in shared}
-            right = np.isin(part, (3, 5))
-            weight = np.array([shared[x[1:] if p > 1 else x] * (-1 if r and not x.endswith("rx") else 1)
-                               for x, p, r in zip(self.bases, part, right)])
-            phase = rng.uniform(0, 2 * np.pi) + np.pi * right * (family == "walk")
-            drive = weight * np.sin(2 * np.pi * np.arange(n)[:, None] / rng.uniform(12, 24) + phase)
-        return np.clip(self.neutral + self.scale * np.isin(part, moving) * drive, -1, 1)
-
-    def dress(self, rng):
-        for w in range(len(self.roots)):
-            one = TAN if self.color == "default" else PALETTE[(self.tint[w])]
-            for p in range(5):
-                mine = np.flatnonzero((self.walker == w + 1) & (self.parts == p + 1))
-                self.paint(mine, PALETTE[[0, 1, 2, 3, 5]][p] if self.color == "parts" else one)
-
-    def start(self, rng, clip, n):
-        self.mj.mj_resetData(self.model, self.data)
-        task, count = clip % len(FAMILIES), len(self.roots)
-        self.tint = rng.permutation(len(PALETTE))
-        self.dress(rng)
-        if count > 1:                                              # two or three of them: the last one waits far away
-            self.model.body_pos[self.roots[-1], 0] = 0 if rng.random() < 0.5 else -60
-        self.look(np.array((0, 0, 1.05)) + rng.uniform(-0.15, 0.15, 3), rng.uniform(2.6, 3.4) * (1 + 0.4 * (count > 1)),
-                  -8, 180 + rng.uniform(-40, 40))
-        actions = self.motion(rng, FAMILIES[task], n + 4)
-        for action in actions[:4]:                                # leave the first pose before the camera starts
-            self.advance(action)
-        return task, actions[4:]
-
-
-def _scene(kind, color, floor):
-    makers = {"objects": _Objects, "pushed": _Pushed, "humanoid": _Humanoid,
-              "crowd": lambda c, f: _Humanoid(c, f, count=3)}
-    return makers[kind](color, floor)
-
-
-def _split_of(kind, clip):
-    """0 train, 1 test, 2 validation, 70-20-10. Humanoids: by family of motion, so that the test is on new ones."""
-    if kind in ("humanoid", "crowd"):
-        return {"jumping-jack": 1, "kick": 1, "torso": 2}.get(FAMILIES[clip % len(FAMILIES)], 0)
-    return (0, 0, 0, 0, 0, 0, 0, 1, 1, 2)[clip % 10]
-
-
-def _save_part(path, clips, meta):
-    """Clips (dicts of equal arrays) as one HDF5 file, written whole or not at all."""
+def save_part(path, scene, recipe, clips, **more):
+    """Clips (dicts of equal arrays) of a scene as one HDF5 file, written whole or not at all."""
     import h5py
+    meta = {"version": VIDEO_VERSION, "recipe": recipe, "part_names": scene.part_names,
+            "groups": scene.groups, "action_names": scene.action_names,
+            "task_names": scene.task_names or (recipe["kind"],), "mujoco": scene.mj.__version__,
+            "gl": os.environ.get("MUJOCO_GL"), "fps": scene.fps, "source": "procedural", **more}
     memory = io.BytesIO()
     with h5py.File(memory, "w") as f:
         for name in clips[0]:
             x = np.stack([c[name] for c in clips])
-            big = x.ndim > 2 and x.size
-            f.create_dataset(name, data=x, **(dict(chunks=(1, *x.shape[1:]), compression="gzip", compression_opts=4)
-                                              if big else {}))
+            big = dict(chunks=(1, *x.shape[1:]), compression="gzip", compression_opts=4)
+            f.create_dataset(name, data=x, **(big if x.ndim > 2 and x.size else {}))
         f.attrs["meta"] = json.dumps(meta)
     with _full_disk(path):
         _write_atomic(path, lambda f: f.write(memory.getvalue()))
 
 
-def _render_part(path, recipe, a, b):
-    import mujoco
-    scene = _scene(recipe["kind"], recipe["color"], recipe["floor"])
-    scene.open(recipe["size"])
-    clips = []
-    for clip in range(a, b):                          # a clip depends on its number alone, not on where a job began
-        rng = np.random.default_rng([recipe["seed"], clip])
-        clips.append({**scene.film(rng, clip, recipe["frames"]), "split": np.uint8(_split_of(recipe["kind"], clip))})
-    meta = {"version": VIDEO_VERSION, "recipe": recipe, "part_names": scene.part_names, "groups": scene.groups,
-            "action_names": scene.action_names, "task_names": FAMILIES if recipe["kind"] in ("humanoid", "crowd") else
-            (recipe["kind"],), "mujoco": mujoco.__version__, "gl": os.environ.get("MUJOCO_GL"), "fps": 33 if
-            isinstance(scene, _Humanoid) else 12, "source": "procedural"}
-    scene.renderer.close()
-    _save_part(path, clips, meta)
-
-
-def _part_meta(path, recipe):
+def _part_meta(path, recipe=None):
     """The description in one file of a cache, checked against what is wanted."""
     import h5py
     try:
         with h5py.File(path, "r") as f:
             meta = json.loads(f.attrs["meta"])
     except (OSError, KeyError, ValueError) as e:
-        raise SystemExit(f"{path} is damaged or no part of a video cache ({e}): delete that file and type the same "
-                         "command again") from None
+        raise SystemExit(f"{path} is damaged or no part of a video cache ({e}): delete that file and "
+                         "type the same command again") from None
     if meta["version"] != VIDEO_VERSION:
-        raise SystemExit(f"{path} was written by version {meta['version']} of the generator, this data.py has version "
-                         f"{VIDEO_VERSION}: delete {Path(path).parent} to render it again, or choose another --cache")
-    if meta["recipe"] != recipe:
+        raise SystemExit(f"{path} was written by version {meta['version']} of the generator, this data.py "
+                         f"has version {VIDEO_VERSION}: delete {Path(path).parent} to render it again, "
+                         "or choose another --cache")
+    if recipe and meta["recipe"] != recipe:
         raise SystemExit(f"{path} holds {meta['recipe']}, not {recipe}: choose another --cache")
     return meta
 
 
-def _in_processes(workers, job, todo, total, done, unit):
-    """job(*args) for all args of todo = [(clips, args)], with a progress bar that counts clips."""
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from multiprocessing import get_context
+def fill_cache(folder, recipe, job, parts, workers, room=0):
+    """job(path, recipe, *args) for every file that is missing of parts = {name: (clips, args)}.
 
+    room: bytes that a clip needs at most.  SystemExit: no OpenGL, foreign files, full disk."""
     from tqdm import tqdm
-    with tqdm(total=total, initial=done, unit=unit, desc="render", disable=not todo) as bar:
-        if workers < 2 or len(todo) < 2:
-            for n, args in todo:
-                job(*args)
-                bar.update(n)
-            return
-        with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
-            jobs = {pool.submit(job, *args): n for n, args in todo}
-            try:
-                for one in as_completed(jobs):
-                    one.result()
-                    bar.update(jobs[one])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    from envs import choose_gl
+    folder, todo = Path(folder), {}
+    for name, (n, args) in parts.items():
+        if (folder / name).exists():
+            _part_meta(folder / name, recipe)
+        else:
+            todo[name] = folder / name, recipe, *args
+    if not todo:
+        return
+    choose_gl()
+    with _full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    total, left = sum(n for n, _ in parts.values()), sum(parts[name][0] for name in todo)
+    _check_room(folder, left * room, f"rendering {left} clips")
+    with tqdm(total=total, initial=total - left, unit="clip", desc="render") as bar:
+        for name in side_by_side(job, todo, workers):
+            bar.update(parts[name][0])
+
+
+def _render_part(path, recipe, kind, a, b):
+    scene = scene_class(kind)(recipe["color"], recipe["floor"])
+    scene.open(recipe["size"])
+    clips = []
+    for clip in range(a, b):              # depends on its number alone, not on where a job began
+        rng = np.random.default_rng([recipe["seed"], clip])
+        film = scene.film(rng, clip, recipe["frames"])
+        clips.append({**film, "split": np.uint8(scene.split_of(clip))})
+    scene.renderer.close()
+    save_part(path, scene, recipe, clips)
 
 
 def make_video(folder, kind, clips, frames, size=64, color="parts", floor="plain", seed=0, workers=1):
     """Film `clips` clips of a scene into folder/part_*.h5; killed at any moment, the same call goes on.
 
-    What open_video then returns, N clips: video u8 (N,T,H,W,3); seg u8 (N,T,H,W), 0 = background; inst, the same per
-    body (crowd); flow f16 (N,T,H,W,2), (dx,dy) pixels back to frame t-1; actions f32 (N,T,m), actions[t] was active
-    until frame t; state f32 (N,T,n), positions of bodies; task, split (N,); fork_frame u8 (N,H,W,3), fork_actions
-    (N,FORK_STEPS,m), fork_group (N,): frame T//2 + FORK_STEPS, had the actions of one group been others since T//2.
-    SystemExit: no OpenGL, a cache of another version or recipe, full disk."""
-    if kind not in VIDEO_KINDS:
-        raise SystemExit(f"no scene {kind!r}: expected one of {', '.join(VIDEO_KINDS)}")
-    recipe = dict(kind=kind, frames=frames, size=size, color=color, floor=floor, seed=seed)
-    folder, todo = Path(folder), []
-    for a in range(0, clips, PART_CLIPS):
-        path, b = folder / f"part_{a:06d}_{min(a + PART_CLIPS, clips):06d}.h5", min(a + PART_CLIPS, clips)
-        if path.exists():
-            _part_meta(path, recipe)
-        else:
-            todo.append((b - a, (path, recipe, a, b)))
-    if todo:
-        from envs import choose_gl
-        choose_gl()
-        with _full_disk(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        left = sum(n for n, _ in todo)
-        _check_room(folder, left * frames * size * size * 8 // 4, f"rendering {left} clips")   # gzip: at least 4x
-        _in_processes(workers, _render_part, todo, clips, clips - left, "clip")
+    What open_video then returns, N clips: video u8 (N,T,H,W,3); seg u8 (N,T,H,W), 0 = background;
+    inst, the same per body (crowd); flow f16 (N,T,H,W,2), (dx,dy) pixels back to frame t-1; actions
+    f32 (N,T,m), actions[t] was active until frame t; state f32 (N,T,n), positions of bodies; task,
+    split (N,); fork_frame u8 (N,H,W,3), fork_actions (N,FORK_STEPS,m), fork_group (N,): frame
+    T//2 + FORK_STEPS, had the actions of one group been others since T//2 (-1: not filmed).
+    SystemExit: no such scene, no OpenGL, a cache of another version or recipe, full disk."""
+    recipe = dict(kind=scene_class(kind).kind or kind, frames=frames, size=size, color=color,
+                  floor=floor, seed=seed)
+    ends = [min(a + PART_CLIPS, clips) for a in range(0, clips, PART_CLIPS)]
+    parts = {f"part_{a:06d}_{b:06d}.h5": (b - a, (kind, a, b)) for a, b in zip([0, *ends], ends)}
+    fill_cache(folder, recipe, _render_part, parts, workers, frames * size * size * 2)  # gzip: >= 4x
 
 
 def open_video(folder, splits=(0, 1, 2)):
-    """({name: array}, meta) of a cache of make_video or render_mocapact, see there; all clips of the given splits."""
+    """({name: array}, meta) of a cache, see make_video; all clips of the given splits.
+    SystemExit: no cache, damaged files, files of several recipes."""
     import h5py
     files = sorted(Path(folder).glob("part_*.h5"))
     if not files:
-        raise SystemExit(f"no part_*.h5 in {folder}: make them with data.make_video(folder, \"objects\", 500, 12)")
-    with h5py.File(files[0], "r") as f:
-        recipe = json.loads(f.attrs["meta"])["recipe"]
-    meta = [_part_meta(file, recipe) for file in files][0]
-    parts = []
+        raise SystemExit(f"no part_*.h5 in {folder}: make them with "
+                         'data.make_video(folder, "objects", 500, 12)')
+    meta, parts = _part_meta(files[0]), []
     for file in files:
+        _part_meta(file, meta["recipe"])
         with h5py.File(file, "r") as f:
             keep = np.flatnonzero(np.isin(f["split"][:], splits))
             parts.append({k: f[k][:][keep] for k in f})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, meta
-
-
-# -------------------------------------------------------------------------------------------------- MoCapAct's poses
-def mocapact_splits(names):
-    """{clip: 0 train, 1 test, 2 validation} for names like CMU_009_12: 70-20-10 by subject, because snippets overlap.
-
-    Subjects in the order of a hash; each goes to the split that lacks most clips of its share."""
-    import hashlib
-    subjects = {}
-    for name in names:
-        subjects.setdefault(name.split("_")[1], []).append(name)
-    order = sorted(subjects, key=lambda s: hashlib.sha256(s.encode()).hexdigest())
-    have, out = [0, 0, 0], {}
-    for s in order:
-        k = max((0, 1, 2), key=lambda k: (0.7, 0.2, 0.1)[k] * len(names) - have[k])
-        have[k] += len(subjects[s])
-        out |= dict.fromkeys(subjects[s], k)
-    return out
-
-
-def mocapact_qpos(proprio, indices, joints, model):
-    """qpos (L+1, 63) of stored observations (L+1, 2868): root position and orientation, and 56 angles placed by name.
-
-    indices: {observable: columns}, as stored in the file; joints: names of the angles in their (alphabetical) order."""
-    import mujoco
-    root = proprio[:, indices["position"]]
-    quat = np.empty((len(proprio), 4))
-    for q, matrix in zip(quat, proprio[:, indices["orientation"]].astype(np.float64)):
-        mujoco.mju_mat2Quat(q, matrix)
-    qpos = np.zeros((len(proprio), model.nq))
-    qpos[:, :3], qpos[:, 3:7] = root, quat
-    for column, name in zip(np.asarray(indices["joints_pos"]), joints):
-        qpos[:, model.joint(f"walker0/{name}").qposadr[0]] = proprio[:, column]
-    return qpos
-
-
-def _render_mocapact(path, file, recipe, split):
-    import h5py
-    import mujoco
-    scene = _Humanoid(recipe["color"], recipe["floor"], free=True)
-    m, d = scene.model, scene.data
-    joints = sorted(m.joint(i).name.removeprefix("walker0/") for i in range(m.njnt) if m.jnt_type[i] == 3)
-    clips, rng = [], np.random.default_rng(0)
-    want = "<snippet>/0/observations/proprioceptive (L+1,2868), <snippet>/0/actions (L,56), observable_indices/walker"
-    try:
-        with h5py.File(file, "r") as f:
-            indices = {k: f[f"observable_indices/walker/{k}"][:] for k in ("position", "orientation", "joints_pos")}
-            rolls = [(f[s][r]["observations/proprioceptive"][:], f[s][r]["actions"][:])
-                     for s in sorted(f) if s.startswith("CMU_")
-                     for r in sorted((x for x in f[s] if x.isdigit()), key=int)[:recipe["rollouts"]]]
-            bad = [(o.shape, a.shape) for o, a in rolls if o.ndim != 2 or a.shape != (len(o) - 1, 56)]
-            if not rolls or bad or [len(x) for x in indices.values()] != [3, 9, 56]:
-                raise KeyError(f"{len(rolls)} rollouts, shapes {bad[:1]}")
-    except (OSError, KeyError, AttributeError, TypeError, ValueError) as e:
-        raise SystemExit(f"{file} has not the layout of MoCapAct ({str(e)[:120]}): expected {want}") from None
-    scene.open(recipe["size"])
-    for obs, act in rolls:
-        qpos = mocapact_qpos(obs, indices, joints, m)
-        # actions[i] leads from observation i to i+1, so it belongs to frame i+1, and frame 0 has none
-        frames = np.arange(1, len(obs), recipe["stride"])
-        for a in range(0, len(frames) - recipe["frames"] + 1, recipe["frames"]):
-            scene.tint = rng.permutation(len(PALETTE))
-            scene.dress(rng)
-            chosen, out = frames[a:a + recipe["frames"]], {k: [] for k in ("video", "seg", "flow", "state")}
-            # the camera stands still during a clip, at its middle, so that flow is the body's own
-            scene.look((*qpos[chosen, :2].mean(0), 1.0), 3.4, -8, 180)
-            for t in [max(0, chosen[0] - recipe["stride"]), *chosen]:
-                before = d.geom_xpos.copy(), d.geom_xmat.copy()
-                d.qpos[:] = qpos[t]
-                mujoco.mj_forward(m, d)
-                if t < chosen[0]:
-                    continue
-                out["video"].append(scene.rgb())
-                geoms = scene.geoms()
-                out["seg"].append(np.where(geoms >= 0, scene.parts[geoms], 0).astype(np.uint8))
-                out["flow"].append(scene.flow(geoms, before))
-                out["state"].append(d.xpos[1:].ravel().astype(np.float32))
-            clips.append({**{k: np.stack(x) for k, x in out.items()}, "actions": act[chosen - 1].astype(np.float32),
-                          "task": np.int16(0), "split": np.uint8(split)})
-    scene.renderer.close()
-    meta = {"version": VIDEO_VERSION, "recipe": recipe, "part_names": HUMANOID_PARTS, "groups": scene.groups,
-            "action_names": scene.action_names, "task_names": ("mocapact",), "mujoco": mujoco.__version__,
-            "gl": os.environ.get("MUJOCO_GL"), "fps": round(33 / recipe["stride"]), "source": f"MoCapAct {file.name}"}
-    if not clips:
-        raise SystemExit(f"{file} has no rollout of {recipe['frames']} frames at stride {recipe['stride']}: expected "
-                         "longer ones; type a smaller --frames")
-    _save_part(path, clips, meta)
-
-
-def render_mocapact(src, folder, frames=24, size=64, stride=2, rollouts=1, color="default", floor="plain", workers=1):
-    """Re-render the poses stored in MoCapAct's src/CMU_*.hdf5 into folder/part_*.h5, one per file: {clip: split}.
-
-    Poses and not actions, because replayed actions drift with the version of the simulator. The same call continues
-    where a killed one was. SystemExit: no such files, another layout, rollouts shorter than a clip."""
-    files = sorted(Path(src).glob("CMU_*.hdf5"))
-    if not files:
-        raise SystemExit(f"no CMU_*.hdf5 in {src}: download some of huggingface.co/datasets/microsoft/mocapact-data")
-    recipe = dict(kind="mocapact", frames=frames, size=size, color=color, floor=floor, stride=stride, rollouts=rollouts)
-    splits = mocapact_splits([file.stem for file in files])
-    todo = []
-    for file in files:
-        path = Path(folder) / f"part_{file.stem}.h5"
-        if path.exists():
-            _part_meta(path, recipe)
-        else:
-            todo.append((1, (path, file, recipe, splits[file.stem])))
-    if todo:
-        from envs import choose_gl
-        choose_gl()
-        with _full_disk(folder):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        _in_processes(workers, _render_mocapact, todo, len(files), len(files) - len(todo), "file")
-    return splits
 
 
 # ------------------------------------------------------------------------------- flags, devices, processes
@@ -1753,9 +1500,32 @@ class Run:
             self._writer = None
 
 
-def _cell(work, name, cell, folder, file, threads):
-    if threads:
-        torch.set_num_threads(threads)
+def side_by_side(job, todo, workers):
+    """Call job(*args) for all of todo = {key: args} and give each key when its call has ended.
+
+    workers > 1: in so many processes, so that `job` must be a function of a module."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+    workers = min(workers, len(todo))
+    if workers < 2:
+        for key, args in todo.items():
+            job(*args)
+            yield key
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        jobs = {pool.submit(job, *args): key for key, args in todo.items()}
+        try:
+            for one in as_completed(jobs):
+                one.result()
+                yield jobs[one]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)                 # not after hours of other cells
+            raise
+
+
+def _cell(work, name, cell, folder, file, alone):
+    if not alone:
+        torch.set_num_threads(1)
     began = time.time()
     result = {**work(name, cell, folder), "cell": name}
     result.setdefault("seconds", round(time.time() - began, 1))
@@ -1763,40 +1533,22 @@ def _cell(work, name, cell, folder, file, threads):
 
 
 def run_cells(work, cells, folder, workers=1, tell=None):
-    """{name: result} of work(name, cell, folder) for all of cells = {name: cell}: the trainings of a comparison.
+    """{name: result} of work(name, cell, folder) for cells {name: cell}: trainings that are compared.
 
-    Results, plain dicts, are kept in folder/cells/<name>.json, and a cell that is there is not run again, so that a
-    study that was killed goes on.  workers > 1: so many processes side by side, of one thread each; `work` must then
-    be a function of a module.  tell(result) -> words for the line that is printed when a cell has ended."""
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from multiprocessing import get_context
+    Results, plain dicts, are kept in folder/cells/<name>.json, and a cell that is there is not run
+    again, so that a study that was killed goes on.  workers: see side_by_side; one thread for each.
+    tell(result) -> words for the line that is printed when a cell has ended."""
     files = {name: Path(folder) / "cells" / f"{quote(name, safe=' ,+')}.json" for name in cells}
-    next(iter(files.values())).parent.mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "cells").mkdir(parents=True, exist_ok=True)
     todo = [name for name, file in files.items() if not file.exists()]
-    workers, done, began = min(workers, len(todo)), [], time.time()
-
-    def ended(name):
-        done.append(name)
-        left = (time.time() - began) / len(done) * (len(todo) - len(done))
+    alone, began = min(workers, len(todo)) < 2, time.time()
+    jobs = {name: (work, name, cells[name], folder, files[name], alone) for name in todo}
+    for i, name in enumerate(side_by_side(_cell, jobs, workers), 1):
+        left = (time.time() - began) / i * (len(todo) - i)
         result = json.loads(files[name].read_text())
         words = f", {tell(result)}" if tell else ""
-        print(f"{len(done)}/{len(todo)} {name}: {result['seconds']:.0f} s{words}"
+        print(f"{i}/{len(todo)} {name}: {result['seconds']:.0f} s{words}"
               f" | {timedelta(seconds=round(left))} left", flush=True)
-
-    if workers < 2:
-        for name in todo:
-            _cell(work, name, cells[name], folder, files[name], 0)
-            ended(name)
-    else:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            jobs = {pool.submit(_cell, work, name, cells[name], folder, files[name], 1): name for name in todo}
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-                    ended(jobs[job])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)                # not after hours of other cells
-                raise
     return {name: json.loads(file.read_text()) for name, file in files.items()}
 
 
