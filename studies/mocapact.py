@@ -1,12 +1,13 @@
-"""Video of human motion for SAVi: re-render the poses that MoCapAct stores, all 56 joints of the CMU humanoid.
+"""Video of human motion for SAVi: render the poses that MoCapAct stores, of the CMU humanoid.
 
-    python -m studies.mocapact --src data/mocapact       # CMU_*.hdf5 -> runs/video/mocapact; minutes per file
+    python -m studies.mocapact --src data/mocapact       # -> runs/video/mocapact; minutes per file
+    python savi.py --task runs/video/mocapact
 
-Poses and not actions are replayed, because actions drift with the version of the simulator. Subjects are split 70-20-10.
-Files: huggingface.co/datasets/microsoft/mocapact-data (CMU_001_01.hdf5 .. in the folder `all` of the small rollouts).
+Poses and not actions are replayed: actions drift with the version of the simulator. Subjects are
+split 70-20-10. Files: CMU_*.hdf5 of huggingface.co/datasets/microsoft/mocapact-data.
 """
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -25,9 +26,9 @@ class Posed(Humanoid):
 
 
 def mocapact_splits(names):
-    """{clip: 0 train, 1 test, 2 validation} for names like CMU_009_12: by subject, because snippets overlap.
+    """{clip: 0 train, 1 test, 2 validation} for names like CMU_009_12.
 
-    Subjects in the order of a hash; each goes to the split that lacks most clips of its share."""
+    By subject, because snippets overlap; in the order of a hash, to the split that lacks most."""
     subjects = {}
     for name in names:
         subjects.setdefault(name.split("_")[1], []).append(name)
@@ -41,9 +42,9 @@ def mocapact_splits(names):
 
 
 def mocapact_qpos(proprio, indices, joints, model):
-    """qpos (L+1, 63) of stored observations (L+1, 2868): root position and orientation, and 56 angles by name.
+    """qpos (L+1, 63) of stored observations (L+1, 2868): root pose, and 56 angles placed by name.
 
-    indices: {observable: columns}, as stored in the file; joints: names of the angles in their (alphabetical) order."""
+    indices: {observable: columns}, as in the file; joints: names of the angles, alphabetical."""
     import mujoco
     qpos = np.zeros((len(proprio), model.nq))
     qpos[:, :3] = proprio[:, indices["position"]]
@@ -57,7 +58,8 @@ def mocapact_qpos(proprio, indices, joints, model):
 
 
 def read_rollouts(file, most):
-    """(indices, [(observations (L+1,2868), actions (L,56))]) of a file of MoCapAct, at most `most` per snippet."""
+    """(indices, [(observations (L+1,2868), actions (L,56))]), at most `most` of each snippet.
+    SystemExit: another layout."""
     try:
         with h5py.File(file, "r") as f:
             names = "position", "orientation", "joints_pos"
@@ -71,12 +73,13 @@ def read_rollouts(file, most):
         if not rolls or bad or [len(x) for x in indices.values()] != [3, 9, 56]:
             raise KeyError(f"{len(rolls)} rollouts, shapes {bad[:1]}")
     except (OSError, KeyError, AttributeError, TypeError, ValueError) as e:
-        raise SystemExit(f"{file} has not the layout of MoCapAct ({str(e)[:120]}): expected {LAYOUT}") from None
+        raise SystemExit(f"{file} has not the layout of MoCapAct ({str(e)[:120]}): "
+                         f"expected {LAYOUT}") from None
     return indices, rolls
 
 
 def pose_clip(scene, qpos, frames, stride):
-    """One clip of the poses `frames`: the camera stands still, at its middle, so that flow is the body's own."""
+    """One clip of the poses `frames`; the camera stands still, so that flow is the body's own."""
     scene.look((*qpos[frames, :2].mean(0), 1.0), 3.4, -8, 180)
     shots = []
     for t in [max(0, frames[0] - stride), *frames]:
@@ -92,13 +95,14 @@ def render_file(path, recipe, file, split):
     """One file of MoCapAct -> one file of a cache."""
     scene = Posed(recipe["color"], recipe["floor"])
     m, length, stride = scene.model, recipe["frames"], recipe["stride"]
-    joints = sorted(m.joint(i).name.removeprefix("walker0/") for i in range(m.njnt) if m.jnt_type[i] == 3)
+    hinges = np.flatnonzero(m.jnt_type == 3).tolist()
+    joints = sorted(m.joint(i).name.removeprefix("walker0/") for i in hinges)
     indices, rolls = read_rollouts(file, recipe["rollouts"])
     scene.open(recipe["size"])
     clips, rng = [], np.random.default_rng(0)
     for obs, act in rolls:
         qpos = mocapact_qpos(obs, indices, joints, m)
-        # actions[i] leads from observation i to i+1, so it belongs to frame i+1, and frame 0 has none
+        # actions[i] leads from observation i to i+1: it belongs to frame i+1, and frame 0 has none
         frames = np.arange(1, len(obs), stride)
         for a in range(0, len(frames) - length + 1, length):
             scene.dress(rng)
@@ -107,14 +111,15 @@ def render_file(path, recipe, file, split):
                           "actions": act[chosen - 1].astype(np.float32), "task": np.int16(0)})
     scene.renderer.close()
     if not clips:
-        raise SystemExit(f"{file} has no rollout of {length} frames at stride {stride}: expected longer ones; "
-                         "type a smaller --frames")
-    data.save_part(path, scene, recipe, clips, fps=round(33 / stride), source=f"MoCapAct {file.name}")
+        raise SystemExit(f"{file} has no rollout of {length} frames at stride {stride}: expected "
+                         "longer ones; type a smaller --frames")
+    source = f"MoCapAct {file.name}"
+    data.save_part(path, scene, recipe, clips, fps=round(33 / stride), source=source)
 
 
-def render_mocapact(src, folder, frames=24, size=64, stride=2, rollouts=1, color="default", floor="plain",
+def render_mocapact(src, folder, frames=24, size=64, stride=2, rollouts=1, color="default",
                     workers=1):
-    """Re-render the poses stored in src/CMU_*.hdf5 into folder/part_*.h5, one per file: {clip: split}.
+    """Render the poses stored in src/CMU_*.hdf5 into folder/part_*.h5, one per file: {clip: split}.
 
     The same call continues where a killed one was; data.open_video(folder) reads the result.
     SystemExit: no such files, another layout, rollouts shorter than a clip."""
@@ -122,8 +127,8 @@ def render_mocapact(src, folder, frames=24, size=64, stride=2, rollouts=1, color
     if not files:
         raise SystemExit(f"no CMU_*.hdf5 in {src}: download some of "
                          "huggingface.co/datasets/microsoft/mocapact-data")
-    recipe = dict(kind="mocapact", frames=frames, size=size, color=color, floor=floor, stride=stride,
-                  rollouts=rollouts)
+    recipe = dict(kind="mocapact", frames=frames, size=size, color=color, floor="plain",
+                  stride=stride, rollouts=rollouts)
     splits = mocapact_splits([file.stem for file in files])
     parts = {f"part_{file.stem}.h5": (1, (file, splits[file.stem])) for file in files}
     data.fill_cache(folder, recipe, render_file, parts, workers)
@@ -146,22 +151,21 @@ class Args:
     """roll-outs of every snippet"""
     color: str = "default"
     """parts: each part its own colour; default: tan; random: each clip one colour"""
-    workers: int = field(default_factory=lambda: 1)
+    workers: int = 1
     """processes, one file each"""
 
 
 def main(args):
     """Render, and say what there is: {clips, splits, folder}."""
-    data.check_ranges(args, dict(frames=(2, None), size=(16, 512), stride=(1, None), rollouts=(1, None),
-                                 workers=(1, None)))
-    splits = render_mocapact(args.src, args.folder, args.frames, args.size, args.stride, args.rollouts, args.color,
-                             workers=args.workers)
-    clips, _ = data.open_video(args.folder)
+    data.check_ranges(args, dict(frames=(2, None), size=(16, 512), stride=(1, None),
+                                 rollouts=(1, None), workers=(1, None)))
+    splits = render_mocapact(args.src, args.folder, args.frames, args.size, args.stride,
+                             args.rollouts, args.color, args.workers)
+    clips = len(data.open_video(args.folder)[0]["video"])
     names = ("train", "test", "validation")
-    result = dict(clips=len(clips["video"]), splits={n: list(splits.values()).count(i) for i, n in enumerate(names)},
-                  folder=args.folder)
-    print(f"{result['clips']} clips of {args.frames} frames in {args.folder}; files: {result['splits']}")
-    return result
+    files = {name: list(splits.values()).count(i) for i, name in enumerate(names)}
+    print(f"{clips} clips of {args.frames} frames in {args.folder}; files: {files}")
+    return dict(clips=clips, splits=files, folder=args.folder)
 
 
 if __name__ == "__main__":

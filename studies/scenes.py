@@ -1,29 +1,30 @@
-"""Video for SAVi in which actions move parts: three pushed bodies, a humanoid of 56 servos, a crowd of them.
+"""Video for SAVi in which actions move parts: three pushed bodies, a humanoid, a crowd.
 
     python savi.py --task studies.scenes:Pushed        # or :Humanoid, :Crowd
 
-A scene is a subclass of data.Scene; data.make_video(folder, "studies.scenes:Pushed", 500, 12) films it. Every clip
-holds one counterfactual branch: a frame as it would have been, had the actions of one group been others.
+A scene is a subclass of data.Scene; data.make_video(folder, "studies.scenes:Pushed", 500, 12) films
+it. Every clip holds a counterfactual: a frame as it would be, had one group of actions been others.
 
-    python -m studies.scenes        # a contact sheet of all scenes and their masks, runs/scenes.png, in a minute
+    python -m studies.scenes        # all scenes and their masks, runs/scenes.png, in a minute
 """
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data import PALETTE, TAN, Scene, parse, scene_class
+from data import PALETTE, TAN, Objects, Scene, parse
 
 HUMANOID_PARTS = ("torso", "left arm", "right arm", "left leg", "right leg")
-FAMILIES = ("all", "arms", "legs", "left", "right", "torso", "wave", "walk", "jumping-jack", "kick")
-MOVING = {"arms": (2, 3), "legs": (4, 5), "left": (2, 4), "right": (3, 5), "torso": (1,), "wave": (3,),
-          "walk": (2, 3, 4, 5), "jumping-jack": (2, 3, 4, 5), "kick": (5,)}  # parts; else all
+FAMILIES = ("all", "arms", "legs", "left", "right", "torso",  # six smooth random ones
+            "wave", "walk", "jumping-jack", "kick")
+MOVING = {"arms": (2, 3), "legs": (4, 5), "left": (2, 4), "right": (3, 5), "torso": (1,),
+          "wave": (3,), "walk": (2, 3, 4, 5), "jumping-jack": (2, 3, 4, 5), "kick": (5,)}
 REACH = {"humerus": 0.9, "radius": 0.9, "femur": 0.7, "tibia": 0.7, "clavicle": 0.4, "foot": 0.4,
          "back": 0.25, "thorax": 0.25, "head": 0.25}  # fingers, wrists, toes and neck stay still
 
 
 def humanoid_part(name):
-    """1..5 for a body, joint or actuator of the CMU humanoid: its place in HUMANOID_PARTS, from 1."""
+    """1..5 for a body, joint or actuator of the CMU humanoid: which of HUMANOID_PARTS."""
     name = name.split("/")[-1]
     arms = ("clavicle", "humerus", "radius", "wrist", "hand", "finger", "thumb")
     if any(x in name for x in arms):
@@ -32,7 +33,7 @@ def humanoid_part(name):
 
 
 def smooth(rng, n, m, every):
-    """(n, m) commands in [-1, 1]: a new target every few frames, cosine interpolation between them."""
+    """(n, m) commands in [-1, 1]: a new target every few frames, cosines between them."""
     keys = rng.uniform(-1, 1, (n // every + 2, m))
     t = np.arange(n) / every
     i, w = t.astype(int), (1 - np.cos(np.pi * (t % 1))) / 2
@@ -47,7 +48,7 @@ class Acted(Scene):
         return rng.uniform(-1, 1, len(self.action_names))
 
     def branch(self, rng, group, actions):
-        """The last of the next frames, had the actions of `group` been others; the state is restored."""
+        """The last of the next frames, had the actions of `group` been others; then goes back."""
         kind = self.mj.mjtState.mjSTATE_INTEGRATION
         saved = np.empty(self.mj.mj_stateSize(self.model, kind))
         self.mj.mj_getState(self.model, self.data, saved, kind)
@@ -59,11 +60,12 @@ class Acted(Scene):
         frame = self.rgb()
         self.mj.mj_setState(self.model, self.data, saved, kind)
         self.mj.mj_forward(self.model, self.data)
-        return {"fork_frame": frame, "fork_actions": other.astype(np.float32), "fork_group": np.int16(group)}
+        return {"fork_frame": frame, "fork_actions": other.astype(np.float32),
+                "fork_group": np.int16(group)}
 
 
 class Pushed(Acted):
-    """Sphere, box and cylinder on a table; two actions each push one of them: who moves what is known."""
+    """Sphere, box and cylinder on a table; two actions push each: who moves what is known."""
     kind, part_names, groups = "pushed", ("sphere", "box", "cylinder"), [[0, 1], [2, 3], [4, 5]]
     action_names = ("sphere x", "sphere y", "box x", "box y", "cylinder x", "cylinder y")
 
@@ -74,8 +76,9 @@ class Pushed(Acted):
             f'limited="true" damping="2"/><joint name="{shape}y" type="slide" axis="0 1 0" '
             f'range="-1.1 1.1" limited="true" damping="2"/><geom type="{shape}" size=".4 .38 .36" '
             'mass="1" friction="0"/></body>' for shape in self.part_names)
-        self.build(bodies, "".join(f'<motor joint="{name.replace(" ", "")}" gear="12" ctrlrange="-1 1"/>'
-                                   for name in self.action_names))
+        joints = [name.replace(" ", "") for name in self.action_names]
+        motor = '<motor joint="{}" gear="12" ctrlrange="-1 1"/>'
+        self.build(bodies, "".join(motor.format(joint) for joint in joints))
         self.parts = np.arange(self.model.ngeom, dtype=np.uint8)  # geom 0 is the floor
         self.model.geom_contype[0] = self.model.geom_conaffinity[0] = 0
 
@@ -94,8 +97,8 @@ class Pushed(Acted):
 class Humanoid(Acted):
     """dm_control's CMU humanoid with 56 servos, ten families of motion.
 
-    It hangs in the air without gravity and contacts, so that every action has a local, repeatable effect and nothing
-    falls; with `free` it can be placed anywhere (MoCapAct). color random: each body one colour."""
+    It hangs in the air without gravity and contacts, so that every action has a local, repeatable
+    effect and nothing falls; with `free` it can be placed anywhere.  color random: one per body."""
     kind, fps, substeps, count, free = "humanoid", 33, 6, 1, False  # substeps of 5 ms: 33 frames/s
     task_names, part_names = FAMILIES, HUMANOID_PARTS
 
@@ -120,7 +123,7 @@ class Humanoid(Acted):
         m.opt.disableflags |= int(self.mj.mjtDisableBit.mjDSBL_CONTACT)
         self.label()
         low, high = m.jnt_range[m.actuator_trnid[:, 0]].T
-        self.neutral = -(high + low) / (high - low)  # the command of angle 0: 0 is the middle of the range
+        self.neutral = -(high + low) / (high - low)  # the command of angle 0
         if floor == "plain":
             self.paint(np.flatnonzero(self.walker == 0), (0.45, 0.5, 0.55))
 
@@ -128,8 +131,10 @@ class Humanoid(Acted):
         """Which walker and part every geom and action belongs to."""
         m = self.model
         body = [m.body(b).name for b in m.geom_bodyid]
-        self.walker = np.array([int(x[6]) + 1 if x.startswith("walker") else 0 for x in body], np.uint8)
-        self.parts = np.array([humanoid_part(x) if w else 0 for x, w in zip(body, self.walker)], np.uint8)
+        walker = [int(x[6]) + 1 if x.startswith("walker") else 0 for x in body]
+        self.walker = np.array(walker, np.uint8)
+        parts = [humanoid_part(x) if w else 0 for x, w in zip(body, walker)]
+        self.parts = np.array(parts, np.uint8)
         self.roots = [m.body(f"walker{i}/").id for i in range(self.count)]
         names = [m.actuator(i).name for i in range(m.nu)]
         self.action_names = tuple(x.removeprefix("walker0/") for x in names)
@@ -151,7 +156,7 @@ class Humanoid(Acted):
         part = self.part_of_action
         if family in FAMILIES[:6]:
             drive = smooth(rng, n, len(part), 8)
-        else:  # sinusoids; a pair of limbs shares its weights, mirrored about all axes but the first
+        else:  # sinusoids; a pair of limbs shares weights, mirrored about all axes but the first
             limbs = [x[1:] if p > 1 else x for x, p in zip(self.bases, part)]
             shared = {x: rng.uniform(0.4, 1) * rng.choice((-1, 1)) for x in dict.fromkeys(limbs)}
             right = np.isin(part, (3, 5))
@@ -215,12 +220,13 @@ def main(args):
     from envs import choose_gl
     choose_gl()
     rows, result = [], {}
-    for kind in ("objects", "studies.scenes:Pushed", "studies.scenes:Humanoid", "studies.scenes:Crowd"):
-        scene = scene_class(kind)("random" if kind.endswith("Crowd") else "parts", "plain")
+    for make in (Objects, Pushed, Humanoid, Crowd):
+        scene = make("random" if make is Crowd else "parts", "plain")
         scene.open(32 if args.fast else args.size)
         film = scene.film(np.random.default_rng(0), 7, 2 if args.fast else 8)
         scene.renderer.close()
-        masks = (np.concatenate([np.zeros((1, 3)), PALETTE])[film.get("inst", film["seg"])] * 255).astype(np.uint8)
+        colors = (np.concatenate([np.zeros((1, 3)), PALETTE]) * 255).astype(np.uint8)
+        masks = colors[film.get("inst", film["seg"])]
         rows += [np.concatenate(list(film["video"]), 1), np.concatenate(list(masks), 1)]
         result[scene.kind] = len(scene.action_names)
     Path(args.file).parent.mkdir(parents=True, exist_ok=True)
