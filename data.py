@@ -1072,17 +1072,15 @@ def open_video(folder, splits=(0, 1, 2)):
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, meta
 
 
-# ------------------------------------------------------------------------------- flags, devices, processes
+# -------------------------------------------------------------------- flags, devices, processes
 def parse(Args, doc, moved=()):
-    """Command line -> Args, by tyro.  moved: {old words: new command}; a command that has a new name says it.
-
-    The old words are one flag ("--ablation") or a flag with its value ("--task ball-wall")."""
+    """Command line -> Args, by tyro.  moved: {old words: new command}; old words are one flag or a
+    flag with its value ("--task ball-wall").  SystemExit: wrong flags, or the new command."""
     import tyro
     words = [w for word in sys.argv[1:] for w in word.split("=", 1)]
-    for i, word in enumerate(words):
-        for old in (word, " ".join(words[i:i + 2])):
-            if old in moved:
-                raise SystemExit(f"{old} has moved: type {moved[old]}")
+    for old in words + [f"{a} {b}" for a, b in zip(words, words[1:])]:
+        if old in moved:
+            raise SystemExit(f"{old} has moved: type {moved[old]}")
     return tyro.cli(Args, description=doc)
 
 
@@ -1091,91 +1089,98 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def _changed(args):
+    """{name: value} of the flags that are not at their default."""
+    default = {f.name: f.default if f.default_factory is MISSING else f.default_factory()
+               for f in fields(args)}
+    return {k: getattr(args, k) for k, x in default.items() if getattr(args, k) != x}
+
+
 def refuse(args, names, because):
-    """SystemExit: one of the flags `names` (with blanks between) is not at its default; `because` says who reads it."""
-    for f in fields(args):
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        if f.name in names.split() and getattr(args, f.name) != default:
-            raise SystemExit(f"{flag(f.name)} {getattr(args, f.name)}: {because}; leave it out")
+    """SystemExit: one of the flags `names` (with blanks between) was changed, which nobody reads."""
+    for name, x in _changed(args).items():
+        if name in names.split():
+            raise SystemExit(f"{flag(name)} {x}: {because}; leave it out")
 
 
 def check_ranges(args, ranges):
-    """ranges: {name: (lowest, highest)}, None for no limit; flags that are None are skipped.  SystemExit: outside,
-    or not a number."""
+    """SystemExit: a flag is outside of ranges {name: (lowest, highest)}, where None is no limit.
+    Flags that are None are skipped."""
     for name, (low, high) in ranges.items():
         x = getattr(args, name)
-        if x is not None and not ((low is None or x >= low) and (high is None or x <= high)):
-            wanted = f"{low} to {high}" if None not in (low, high) else f"at least {low}" if high is None else \
-                f"at most {high}"
-            raise SystemExit(f"{flag(name)} {x}: expected {wanted}")
+        low_ok, high_ok = low is None or x is None or x >= low, high is None or x is None or x <= high
+        if not (low_ok and high_ok):
+            wanted = f"at least {low}" if high is None else f"at most {high}"
+            raise SystemExit(f"{flag(name)} {x} is out of range: expected "
+                             + (wanted if None in (low, high) else f"{low} to {high}"))
 
 
 RESUME_MAY_CHANGE = ("resume", "workers", "save_every", "capture_video", "track", "device")
 
 
 def resumed(args):
-    """args, or with --resume those of the run in that folder; a few flags typed beside it count (workers, ..).
+    """args, or with --resume those of the run in that folder; RESUME_MAY_CHANGE typed beside it count.
     SystemExit: no run there, one of another version, or another flag typed beside --resume."""
     if not args.resume:
         return args
-    file = Path(args.resume) / "args.json"
+    here = f"--resume {args.resume}"
     try:
-        saved = json.loads(file.read_text())["args"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise SystemExit(f"--resume {args.resume}: no readable args.json there; expected the folder of a run, "
+        saved = json.loads((Path(args.resume) / "args.json").read_text())["args"]
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise SystemExit(f"{here}: no readable args.json there; expected the folder of a run, "
                          "runs/<name>") from None
-    known = {f.name: f for f in fields(args)}
-    if strange := sorted(set(saved) - set(known)):
-        raise SystemExit(f"--resume {args.resume}: its flag {flag(strange[0])} is unknown here, so another version of "
+    if strange := sorted(set(saved) - {f.name for f in fields(args)}):
+        raise SystemExit(f"{here}: its flag {flag(strange[0])} is unknown here, so another version of "
                          "this script began it: go on with the copy of the code in its folder")
-    change = {}
-    for name, f in known.items():
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        if getattr(args, name) != default and getattr(args, name) != saved.get(name):
-            if name not in RESUME_MAY_CHANGE:
-                raise SystemExit(f"--resume {args.resume} goes on with its own flags, and there {flag(name)} is "
-                                 f"{saved.get(name)}, not {getattr(args, name)}: leave {flag(name)} out")
-            change[name] = getattr(args, name)
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    change = {k: v for k, v in _changed(args).items() if v != saved.get(k)}
+    for name in set(change) - set(RESUME_MAY_CHANGE):
+        raise SystemExit(f"{here} goes on with its own flags, and there {flag(name)} is "
+                         f"{saved.get(name)}, not {change[name]}: leave {flag(name)} out")
     return type(args)(**{**saved, **change, "resume": args.resume})
 
 
 def choose_device(name):
-    """"auto", "cpu" or "cuda" -> (torch.device, what it is and why).  SystemExit: no GPU although asked for."""
+    """"auto", "cpu" or "cuda" -> (torch.device, what it is).  SystemExit: no GPU though asked for."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type --device cpu")
+        raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type "
+                         "--device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu"), f"cpu: {torch.get_num_threads()} threads"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")                               # TF32
     return device, f"cuda: {torch.cuda.get_device_name(device)}, TF32"
 
 
 def join_ranks(device):
-    """(rank, number of ranks) as torchrun says; with more than one they can talk to each other afterwards."""
+    """(rank, number of ranks) as torchrun says; with more than one they can talk afterwards."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        kind = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(kind, timeout=timedelta(days=2))
     return rank, world
 
 
 def hardware(device):
     """What computed, for a table of results."""
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else \
-        f"{torch.get_num_threads()} CPU threads"
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
 
 
-def command_line():
-    """How this program was called, to be typed again: python pwm.py --seed 2, or python -m studies.NAME."""
+def command_line(words=None):
+    """How this program was called, to be typed again: python pwm.py --seed 2, or with these words."""
     file = Path(sys.argv[0])
     name = f"-m studies.{file.stem}" if file.parent.name == "studies" else file.name
-    return " ".join(["python", name, *(shlex.quote(x) for x in sys.argv[1:])])
+    words = sys.argv[1:] if words is None else words
+    return " ".join(["python", name, *(shlex.quote(str(x)) for x in words)])
 
 
-# ------------------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------- run folder
 def _check_plain(x, where="state"):
-    """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would, before anything is written."""
+    """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would, before writing."""
     if type(x) in (dict, OrderedDict):
         return sum(_check_plain(k, f"a key of {where}") + _check_plain(v, f"{where}[{k!r}]")
                    for k, v in x.items())
@@ -1199,143 +1204,146 @@ def _bring_back(part, state):
     if isinstance(part, dict):
         part.update(state)
     elif isinstance(part, torch.Generator):
-        part.set_state(state.cpu())
+        part.set_state(state)
     else:
         part.load_state_dict(state)
 
 
+def _old_folder(script, args):
+    try:
+        meta = json.loads((Path(args.resume) / "args.json").read_text())
+        began = meta["script"], meta["task"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SystemExit(f"{args.resume} has no readable args.json: expected --resume runs/<a folder in "
+                         "there>") from None
+    if began != (script, str(args.task)):
+        raise SystemExit(f"{args.resume} is a run of {began[0]} on {began[1]!r}, not of {script} on "
+                         f"{args.task!r}: resume it with the script and task that began it")
+    return args.resume
+
+
+def _new_folder(root, script, args):
+    """runs/{task}__{script}__{seed}__{time}/ with args.json and a copy of the code."""
+    names, stamp = str(args.task).split(","), int(time.time())
+    short = ",".join(names) if len(",".join(names)) <= 60 else f"{names[0][:50]}+{len(names) - 1}"
+    short = quote(short, safe=", +")
+    with _full_disk(root):
+        while (folder := Path(root) / f"{short}__{script}__{args.seed}__{stamp}").exists():
+            stamp += 1                             # two starts within one second
+        folder.mkdir(parents=True)
+    write_json(folder / "args.json", dict(task=str(args.task), script=script, seed=args.seed,
+                                          args=asdict(args), command=sys.argv))
+    here, main = Path(__file__).parent, getattr(sys.modules["__main__"], "__file__", None)
+    for file in (main, here / "envs.py", here / "data.py"):
+        if file and Path(file).is_file():          # main is None in a notebook
+            shutil.copy(file, folder)
+    return folder
+
+
 class Run:
-    """A folder runs/{task}__{script}__{seed}__{time}/ and all that a training loop must not forget: where a resumed
-    run goes on, checkpoints by the clock and at Ctrl-C, rates and time left, numbers that are not finite, logs.
+    """A folder runs/{task}__{script}__{seed}__{time}/ and what a training loop must not forget: where
+    a resumed run goes on, checkpoints by the clock and at Ctrl-C, rates and time left, numbers that
+    are not finite, logs.
 
         run = Run("pwm", args)                        # or the folder in args.resume
-        run.keeps(wm=wm, opt=opt, rng=generator)      # what a checkpoint holds; brought back in a resumed run
-        run.expects(model=4000, policy=600)           # so that it can tell the time left
+        run.keeps(wm=wm, opt=opt, rng=generator)      # in a checkpoint; brought back when resumed
+        run.expects(play=4, model=4000)               # all pieces to come, to tell the time left
         for r in run.rounds(4):
             for _ in run.once("play"): ..             # a stage of one piece
             for step in run.steps("model", 1000):     # a stage of many
                 ..
-                run.note(loss=loss.detach())          # read, checked, printed and logged every `log_every` steps
+                run.note(loss=loss.detach())          # read, checked, told every log_every steps
         run.finish(dict(table=..))                    # results.json
 
-    A resumed program runs through the same calls; rounds, stages and steps that were done are skipped.  On the other
-    ranks of torchrun it iterates alike and writes nothing.  Attributes: dir (Path), step (pieces of all `steps` so
-    far), seconds (of training, over all resumes), history (list of dicts that survive), rank, world.
-    inside: a folder for one of the trainings of a comparison. It is silent, keeps metrics.jsonl and checkpoint.pt there,
-    goes on when there is a checkpoint, and answers Ctrl-C by KeyboardInterrupt once it has saved.
-    SystemExit: a folder that is no run, or a run of another task or script; numbers that are not finite; Ctrl-C."""
+    A resumed program makes the same calls; rounds, stages and steps that were done are skipped, what
+    stands between the stages of an unfinished round runs again.  Other ranks of torchrun iterate alike
+    and write nothing.  inside: the folder of one training of a comparison: silent, goes on when there
+    is a checkpoint, answers Ctrl-C by KeyboardInterrupt once it has saved.  Attributes: dir (Path),
+    step (of all `steps` so far), seconds (over all resumes), history (list of dicts that survive).
+    SystemExit: no such run, another script's or task's; numbers that are not finite; Ctrl-C."""
 
     def __init__(self, script, args, root="runs", log_every=50, inside=None):
-        self._inside = inside is not None
-        self._resumes = (Path(inside) / "checkpoint.pt").exists() if inside else bool(args.resume)
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.script, self.args, self.log_every = script, args, log_every
-        self.save_every = getattr(args, "save_every", 60.0)
+        self.args, self.log_every, self._inside = args, log_every, inside is not None
+        self.save_every, self._saved = getattr(args, "save_every", 60.0), time.time()
         self.step, self.seconds, self.history = 0, 0.0, []
         self.parts, self.facts, self.total, self.done, self.spent = {}, {}, {}, {}, {}
-        self._round, self._stage, self._start = 0, -1, (0, 0, 0)         # start: round, stage, step of the next work
-        self._metrics, self._stop, self._saved, self._printed = {}, False, time.time(), time.time()
+        self._round, self._stage, self._start = 0, -1, (0, 0, 0)   # start: round, stage, step to do next
+        self._metrics, self._stop, self._printed = {}, False, time.time()
         self._writer, self._purge, self._lines = None, None, None
-        box = [str(inside or self._folder(root))] if self.rank == 0 else [None]
+        box = [None]
+        if self.rank == 0:
+            old = _old_folder(script, args) if args.resume and not inside else inside
+            box = [str(old or _new_folder(root, script, args))]
         if self.world > 1:
             torch.distributed.broadcast_object_list(box)
         self.dir = Path(box[0])
         self.dir.mkdir(parents=True, exist_ok=True)
+        self._resumes = (self.dir / "checkpoint.pt").exists() if inside else bool(args.resume)
         if self.rank == 0:
-            self._lines = os.open(self.dir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            if getattr(args, "track", False) and not self._inside:
-                import wandb
-                wandb.init(project=script, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
-
-    def _folder(self, root):
-        task, resume = str(self.args.task), self.args.resume
-        if resume:
-            try:
-                meta = json.loads((Path(resume) / "args.json").read_text())
-                same = (meta["task"], meta["script"]) == (task, self.script)
-            except (OSError, ValueError, KeyError, TypeError):
-                raise SystemExit(f"{resume} has no readable args.json: expected --resume runs/<a folder in "
-                                 "there>") from None
-            if not same:
-                raise SystemExit(f"{resume} is a run of {meta['script']} on {meta['task']!r}, not of {self.script} on "
-                                 f"{task!r}: resume it with the script and task that began it")
-            return resume
-        names, stamp = task.split(","), int(time.time())
-        short = quote(task if len(task) <= 60 else f"{names[0][:50]}+{len(names) - 1}", safe=", +")
-        with _full_disk(root):
-            while True:
-                folder = Path(root) / f"{short}__{self.script}__{self.args.seed}__{stamp}"
-                try:
-                    folder.mkdir(parents=True)
-                    break
-                except FileExistsError:            # two starts within one second
-                    stamp += 1
-        write_json(folder / "args.json", dict(task=task, script=self.script, seed=self.args.seed,
-                                              args=asdict(self.args), command=sys.argv))
-        main, here = getattr(sys.modules["__main__"], "__file__", None), Path(__file__).parent    # None in a notebook
-        for file in (main, here / "envs.py", here / "data.py"):
-            if file and Path(file).is_file():
-                shutil.copy(file, folder)
-        return folder
+            how = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            self._lines = os.open(self.dir / "metrics.jsonl", how, 0o644)
+        if self.rank == 0 and getattr(args, "track", False) and not inside:
+            import wandb
+            wandb.init(project=script, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
 
     # ---- what a checkpoint holds
     def keeps(self, facts=None, **parts):
-        """Name the parts of a checkpoint: modules, optimisers, generators, dicts of tensors and plain values, anything
-        with state_dict and load_state_dict.  facts: plain values stored beside them.  A resumed run loads them now.
-        SystemExit: no checkpoint, a damaged one, or one without a part."""
+        """Name the parts of a checkpoint: modules, optimisers, generators, dicts of tensors and plain
+        values, anything with state_dict and load_state_dict; None is left out.  facts: plain values
+        beside them.  A resumed run loads them now and cuts metrics.jsonl back.
+        SystemExit: no checkpoint, a damaged one, or one that does not fit."""
         self.parts, self.facts = {k: v for k, v in parts.items() if v is not None}, facts or {}
         if not self._resumes:
             return
-        state = self.load()
-        if missing := [k for k in self.parts if k not in state]:
-            raise SystemExit(f"the checkpoint has no {missing[0]!r}, so an older version of this script wrote it: go "
-                             "on with the copy of the code in the run's folder")
+        state, old = self.load(), "go on with the copy of the code in the run's folder"
         for name, part in self.parts.items():
+            if name not in state:
+                raise SystemExit(f"the checkpoint has no {name!r}, so an older version of this script "
+                                 f"wrote it: {old}")
             try:
                 _bring_back(part, state[name])
             except (RuntimeError, KeyError, ValueError, TypeError) as e:
-                raise SystemExit(f"{name!r} of the checkpoint does not fit ({' '.join(str(e).split())[:200]}): go on "
-                                 "with the copy of the code in the run's folder") from None
+                raise SystemExit(f"{name!r} of the checkpoint does not fit "
+                                 f"({' '.join(str(e).split())[:200]}): {old}") from None
         where = state["_run"]
         self.step, self.seconds, self.done = where["step"], where["seconds"], where["done"]
-        self.history, self._start = where["history"], tuple(where["at"])
-        self._saved = time.time()
+        self.history, self._start, self._saved = where["history"], tuple(where["at"]), time.time()
+        if self.rank == 0:
+            os.ftruncate(self._lines, min(where["bytes"], os.fstat(self._lines).st_size))
+            lines = (self.dir / "metrics.jsonl").read_bytes().splitlines()
+            self._purge = json.loads(lines[-1])["step"] + 1 if lines else 0  # hides later curves
 
     def load(self, name="checkpoint.pt"):
-        """What is in a checkpoint of this run, on the CPU; checkpoint.pt also cuts metrics.jsonl back to when it was
-        written.  SystemExit: missing or damaged file."""
+        """What save() wrote, on the CPU.  SystemExit: missing or damaged file."""
         path = self.dir / name
         if not path.exists():
-            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it again without "
-                             "--resume")
+            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it again "
+                             "without --resume")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            size = state["_run"]["bytes"]
+            state["_run"]["bytes"]
+            return state
         except Exception as e:                     # a damaged file can raise almost anything
             raise SystemExit(f"{path} is damaged ({type(e).__name__}): restore it, or start without "
                              "--resume") from e
-        if self._resumes and name == "checkpoint.pt" and self._writer is None and self.rank == 0:
-            os.ftruncate(self._lines, min(size, os.fstat(self._lines).st_size))
-            lines = (self.dir / "metrics.jsonl").read_bytes().splitlines()
-            self._purge = json.loads(lines[-1])["step"] + 1 if lines else 0  # hides what came later
-        return state
 
-    def save(self, at=None, name="checkpoint.pt"):
-        """Write all parts; atomic: a crash or a full disk leaves the old file as it was.  at: (round, stage, step) of
-        the next work.  SystemExit: the last metrics are not finite, so this state is not worth keeping."""
+    def save(self, name="checkpoint.pt"):
+        """Write all parts; atomic: a crash or a full disk leaves the old file as it was.
+        SystemExit: the last metrics are not finite; no room."""
         self._read()
         self.seconds, self._saved = self.seconds + time.time() - self._saved, time.time()
         if self.rank:
             return
         state = {**self.facts, **{k: _state_of(part) for k, part in self.parts.items()}}
-        state["_run"] = dict(at=list(at or self._start), step=self.step, seconds=self.seconds, done=self.done,
-                             history=self.history, bytes=os.fstat(self._lines).st_size)
+        state["_run"] = dict(at=list(self._start), step=self.step, seconds=self.seconds,
+                             done=self.done, history=self.history, bytes=os.fstat(self._lines).st_size)
         _check_room(self.dir, _check_plain(state), f"the checkpoint {name}")
         try:
             save_torch(self.dir / name, state)
         except RuntimeError as e:                  # how torch reports a failed write
-            raise SystemExit(f"cannot write {self.dir / name} ({e}); the older file, if any, is as it was: "
-                             f"free some space and type --resume {shlex.quote(str(self.dir))}") from e
+            raise SystemExit(f"cannot write {self.dir / name} ({e}); the older file, if any, is as it "
+                             f"was: free some space and type --resume {self.dir}") from e
 
     # ---- where the work is
     def expects(self, **total):
@@ -1350,11 +1358,12 @@ class Run:
             self._start = max(self._start, (r + 1, 0, 0))
 
     def once(self, kind, pieces=1):
-        """One iteration, or none if it was done; `pieces` is what it counts for in `expects`."""
+        """One iteration, or none if it was done; `pieces` is what it counts for in expects()."""
         yield from self._work(kind, 1, pieces, 0, False)
 
     def steps(self, kind, n, log_every=None, shared=False):
-        """Steps 0 .. n-1 of a stage, from the one that is not done.  shared: all ranks take part, metrics are means."""
+        """Steps 0 .. n-1 of a stage, from the one that is not done.  shared: all ranks take part, and
+        metrics are their means."""
         yield from self._work(kind, n, 1, log_every or self.log_every, shared)
 
     def _work(self, kind, n, pieces, log_every, shared):
@@ -1367,70 +1376,74 @@ class Run:
         with self._interrupts():
             for step in range(first, n):
                 yield step
-                counted += 1
+                counted += pieces
                 self.step += bool(log_every)
                 self.done[kind] = self.done.get(kind, 0) + pieces
-                told = log_every and ((step + 1) % log_every == 0 or step + 1 == n)
+                last = step + 1 == n
+                told = bool(log_every) and (last or (step + 1) % log_every == 0)
                 late = self._stop or time.time() - self._saved > self.save_every
-                if told or late or step + 1 == n:
-                    numbers = self._read(shared and bool(told))
+                if told or late or last:
+                    numbers = self._read(shared and told)
                     have = self.spent.get(kind, (0, 0.0))
-                    self.spent[kind] = have[0] + counted * pieces, have[1] + time.time() - began
-                    began, counted = time.time(), 0
+                    self.spent[kind] = have[0] + counted, have[1] + time.time() - began
                     if told:
                         self._tell(kind, step + 1, n, numbers)
-                if late and step + 1 < n:
-                    self.save((*here, step + 1))
-                    self._end_if_asked()
-            if first < n:
-                self._start = (self._round, self._stage + 1, 0)
-                self.save()
-            self._end_if_asked()
+                    if late or last:
+                        self._start = (here[0], here[1] + 1, 0) if last else (*here, step + 1)
+                        self.save()
+                    began, counted = time.time(), 0
+                if self._stop:
+                    self._end()
 
     @contextmanager
     def _interrupts(self):
-        """Ctrl-C and SIGTERM wait for the end of a step; a second one does not.  Other handlers come back after it."""
+        """Ctrl-C and SIGTERM wait for the end of a step on rank 0; a second one does not."""
         def stop(*_):
             self._stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old = {s: signal.signal(s, stop if self.rank == 0 else signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
+            restore()
+            os.write(2, b"stopping after this step; once more: at once\n")  # print may be at work
+
+        def restore():
             for s, handler in old.items():
                 signal.signal(s, handler)
 
-    def _end_if_asked(self):
-        if self._stop:
-            self.close()
-            if self._inside:
-                raise KeyboardInterrupt
-            program = " ".join(command_line().split()[:3 if "-m" in command_line().split()[:2] else 2])
-            raise SystemExit(f"stopped; go on with: {program} --resume {shlex.quote(str(self.dir))}")
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        mine = signal.SIG_IGN if self.rank else stop  # torchrun ends the others
+        old = {s: signal.signal(s, mine) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            restore()
+
+    def _end(self):
+        self.close()
+        if self._inside:
+            raise KeyboardInterrupt
+        raise SystemExit(f"stopped; go on with: {command_line(['--resume', self.dir])}")
 
     # ---- numbers
     def note(self, metrics=None, **more):
-        """The metrics of this step: 0-d tensors, which stay where they are until they are read, or numbers."""
+        """The metrics of this step: 0-d tensors, which stay where they are until they are read, or
+        numbers."""
         self._metrics = {**(metrics or {}), **more}
 
     def _read(self, shared=False):
         """The noted metrics as floats: the only place in training that waits for a GPU."""
         if not self._metrics:
             return {}
-        values = torch.stack([torch.as_tensor(x).float().cpu() for x in self._metrics.values()]) if all(
-            torch.as_tensor(x).device.type == "cpu" for x in self._metrics.values()) else \
-            torch.stack([torch.as_tensor(x).float() for x in self._metrics.values()])
+        values = [torch.as_tensor(x).detach().float() for x in self._metrics.values()]
+        device = next((x.device for x in values if x.is_cuda), "cpu")
+        values = torch.stack([x.to(device) for x in values])
         if shared and self.world > 1:
             torch.distributed.all_reduce(values)
             values /= self.world
-        numbers = dict(zip(self._metrics, values.tolist()))
-        if not np.isfinite(list(numbers.values())).all():
-            raise SystemExit(f"step {self.step}, round {self._round}, is not finite: {numbers}; the last good "
-                             f"checkpoint is in {self.dir}: start again with a smaller learning rate")
-        return numbers
+        if not values.isfinite().all():
+            raise SystemExit(f"step {self.step}, round {self._round}, is not finite: "
+                             f"{dict(zip(self._metrics, values.tolist()))}; the last good checkpoint is in "
+                             f"{self.dir}: start again with a smaller learning rate")
+        return dict(zip(self._metrics, values.tolist()))
 
     def _tell(self, kind, step, n, numbers):
         rate = self.rate(kind)
@@ -1445,25 +1458,28 @@ class Run:
 
     def time_left(self):
         """Seconds, or None while a kind of stage that is to come has not been seen at work."""
-        todo = {k: n - self.done.get(k, 0) for k, n in self.total.items() if n > self.done.get(k, 0)}
-        if any(not self.rate(k) for k in todo):
-            return None
-        return sum(n / self.rate(k) for k, n in todo.items())
+        todo = {k: n - self.done.get(k, 0) for k, n in self.total.items()}
+        todo = {k: n for k, n in todo.items() if n > 0}
+        return sum(n / self.rate(k) for k, n in todo.items()) if all(map(self.rate, todo)) else None
 
     def say(self, text, force=True, every=15.0):
-        """Print a line of progress with the time left; without `force` only if the last one is `every` seconds old."""
+        """Print a line of progress with the time left; without `force` only if the last one is `every`
+        seconds old."""
         if self.rank == 0 and not self._inside and (force or time.time() - self._printed > every):
             self._printed, left = time.time(), self.time_left()
-            print(text + (f" | {timedelta(seconds=round(left))} left" if left and self.total else ""), flush=True)
+            left = f" | {timedelta(seconds=round(left))} left" if left else ""
+            print(text + left, flush=True)
 
     def log(self, numbers, step=None):
-        """One line of metrics.jsonl and one TensorBoard point per number (float or 0-d tensor) of {tag: number}."""
+        """One line of metrics.jsonl and one TensorBoard point per number (float or 0-d tensor) of
+        {tag: number}."""
         if self.rank:
             return
-        if self._writer is None and not self._inside:  # imported late: slow, and load() decides where its curves go on
+        if self._writer is None and not self._inside:  # late: slow, and keeps() says where curves go on
             from torch.utils.tensorboard import SummaryWriter
             self._writer = SummaryWriter(self.dir, purge_step=self._purge)
-        numbers, step = {tag: float(x) for tag, x in numbers.items()}, self.step if step is None else int(step)
+        numbers = {tag: float(x) for tag, x in numbers.items()}
+        step = self.step if step is None else int(step)
         line = json.dumps({"step": step, "time": time.time(), **numbers}) + "\n"
         with _full_disk(self.dir):
             os.write(self._lines, line.encode())
@@ -1471,33 +1487,32 @@ class Run:
                 self._writer.add_scalar(tag, x, step)
 
     def finish(self, result):
-        """Write results.json: command, commit, hardware, seconds, flags and `result`; say where the files are.
-        Returns what it holds (None on other ranks)."""
+        """Write results.json: command, commit, hardware, seconds, flags and `result`; say where the
+        files are.  Returns what it holds (None on other ranks)."""
         self.close()
         if self.world > 1:
-            torch.distributed.destroy_process_group()  # its threads would abort a process that ends with them
+            torch.distributed.destroy_process_group()  # its threads would abort an ending process
         if self.rank:
             return None
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True,
-                             text=True)           # maybe no git, or a copy outside of one
-        device = getattr(self.args, "device", "cpu")
-        device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-        head = dict(command=command_line(), commit=git.stdout.strip() or None, hardware=hardware(device),
-                    seconds=round(self.seconds + time.time() - self._saved, 1), seed=self.args.seed,
-                    args=asdict(self.args), folder=str(self.dir))
-        write_json(self.dir / "results.json", {**head, **result})
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"],
+                             capture_output=True, text=True)  # maybe no git, or a copy outside of one
+        cpu = getattr(self.args, "device", "cpu") == "cpu" or not torch.cuda.is_available()
+        result = dict(command=command_line(), commit=git.stdout.strip() or None,
+                      hardware=hardware("cpu" if cpu else "cuda"), seed=self.args.seed,
+                      seconds=round(self.seconds + time.time() - self._saved, 1),
+                      args=asdict(self.args), folder=str(self.dir)) | result
+        write_json(self.dir / "results.json", result)
         kinds = (".json", ".jsonl", ".csv", ".png", ".gif", ".mp4", ".pt")
         print(f"files: {self.dir}/", *sorted(p.name for p in self.dir.iterdir() if p.suffix in kinds))
-        return {**head, **result}
+        return result
 
     def close(self):
         """Flush and close the logs."""
         if self._lines is not None:
             os.close(self._lines)
-            self._lines = None
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
+        self._lines = self._writer = None
 
 
 def side_by_side(job, todo, workers):

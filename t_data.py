@@ -1,3 +1,5 @@
+from multiprocessing import get_context
+
 from t_head import *  # noqa: F401,F403
 
 # ------------------------------------------------------------------------------------------------------------ data.py
@@ -658,76 +660,223 @@ def test_safe_load_files_that_are_none(tmp_path):
             safe_load(tmp_path / "a.pt")
 
 
-# ------------------------------------------------------------------------------------------------------------ Run
-def test_run_folder_and_metrics(tmp_path):
-    run = Run("pendulum-spin", "pwm", 3, {"horizon": 16, "p": Path("x")}, root=tmp_path)
-    assert run.dir.name.startswith("pendulum-spin__pwm__3__") and (run.dir / "data.py").exists()
-    assert json.loads((run.dir / "args.json").read_text())["args"] == {"horizon": 16, "p": "x"}
-    run.log(1, loss=torch.tensor(2.), x=3)
-    run.log(2, {"eval/a-b/return": np.float32(1.5)}, loss=.5)
-    run.close()
-    rows = [json.loads(x) for x in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    assert rows[1]["eval/a-b/return"] == 1.5 and rows[0]["loss"] == 2 and rows[0]["step"] == 1 and "time" in rows[0]
-    assert list(run.dir.glob("events.*"))
-    again = Run("pendulum-spin", "pwm", 3, {}, root=tmp_path)
-    assert again.dir != run.dir
-    many = Run(",".join(f"walker-{i}" for i in range(30)), "pwm", 0, {}, root=tmp_path)
-    assert len(many.dir.name) < 120 and "+29" in many.dir.name
-    assert Run("ALE/Pong-v5", "mow", 0, {}, root=tmp_path).dir.parent == tmp_path
-    assert [p for p in tmp_path.rglob("*.tmp")] == []
+# ------------------------------------------------------------------------------------------- Run
+@dataclasses.dataclass
+class ToyArgs:
+    root: str
+    task: str = "t"
+    seed: int = 0
+    resume: str | None = None
+    save_every: float = 0.0
+    workers: int = 1
+    pair: tuple = (1, 2)
+    poison: int = -1
+
+
+def toy(args, event=lambda i: None):
+    """Two rounds of four stages on data.Run; event(number of the piece) is called within each piece."""
+    args = data.resumed(args)
+    run, seen = Run("toy", args, root=args.root, log_every=2), {"play": 0.0, "pieces": 0}
+    torch.manual_seed(0)
+    net, rng = nn.Linear(2, 1), gen()
+    opt = torch.optim.Adam(net.parameters(), 0.1)
+    run.keeps(facts=dict(size=2), net=net, opt=opt, rng=rng, seen=seen, nothing=None)
+    run.expects(play=6, model=10, policy=4)
+
+    def piece():
+        event(seen["pieces"])
+        seen["pieces"] += 1
+        loss = (net(torch.rand(8, 2, generator=rng)) - seen["play"]).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss.detach()
+    for r in run.rounds(2):
+        for _ in run.once("play", 3):
+            seen["play"] += float(piece())
+        for step in run.steps("model", 5):
+            loss = piece() * (math.nan if seen["pieces"] == args.poison else 1)
+            run.note({"loss": loss}, step=step)
+        for _ in run.steps("policy", 2, log_every=1):
+            run.note(loss=piece())
+        for _ in run.once("check"):
+            run.history.append({"round": r, "x": float(piece())})
+            run.log({"eval/x": run.history[-1]["x"]})
+    return run.finish(dict(weight=net.weight.tolist(), seen=seen, history=run.history, steps=run.step))
+
+
+def lines_of(folder):
+    rows = [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("time", "charts/UPS")} for r in rows]
+
+
+def numbers_of(result):
+    return {k: result[k] for k in ("weight", "seen", "history", "steps")}, lines_of(result["folder"])
+
+
+def only(root):
+    (folder,) = Path(root).glob("t__toy__0__*")
+    return str(folder)
+
+
+@pytest.mark.parametrize("how", ["crash", "SIGINT", "SIGTERM"])
+def test_run_stopped_at_every_piece_and_resumed_ends_at_the_same_numbers(tmp_path, how):
+    want = numbers_of(toy(ToyArgs(str(tmp_path / "whole"))))
+    assert [r["step"] for r in want[1]] == [2, 4, 5, 6, 7, 7, 9, 11, 12, 13, 14, 14]
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for stop in range(18):
+        root = tmp_path / str(stop)
+
+        def event(i, stop=stop):
+            if i == stop and how == "crash":
+                raise ZeroDivisionError
+            if i == stop:
+                os.kill(os.getpid(), getattr(signal, how))
+        if how == "crash":
+            with pytest.raises(ZeroDivisionError):
+                toy(ToyArgs(str(root)), event)
+        else:
+            with says("stopped", f"--resume {only(root) if root.exists() else root}"):
+                toy(ToyArgs(str(root)), event)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        again = ToyArgs(str(root), resume=only(root), save_every=0.0)
+        if how == "crash" and not stop:
+            with says("no", "checkpoint.pt", "without --resume"):
+                toy(again)
+        else:
+            assert numbers_of(toy(again)) == want, stop
+    assert numbers_of(toy(again)) == want  # finished: nothing is done again
+
+
+def test_run_killed_goes_on_and_a_second_signal_does_not_wait(tmp_path):
+    want = numbers_of(toy(ToyArgs(str(tmp_path / "whole"))))
+    for stop in (3, 8, 13):
+        root = tmp_path / str(stop)
+
+        def event(i, stop=stop):
+            if i == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+        process = get_context("fork").Process(target=toy, args=(ToyArgs(str(root)), event))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        with open(Path(only(root)) / "metrics.jsonl", "ab") as f:
+            f.write(b'{"step": 5, "lo')  # killed in the middle of a line
+        assert numbers_of(toy(ToyArgs(str(root), resume=only(root)))) == want
+
+    def twice(i):
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        toy(ToyArgs(str(tmp_path / "twice")), twice)
+
+
+def test_run_never_keeps_what_is_not_finite(tmp_path):
+    with says("step 3", "round 0", "nan", "smaller learning rate"):
+        toy(ToyArgs(str(tmp_path), poison=4))
+    state = torch.load(Path(only(tmp_path)) / "checkpoint.pt", weights_only=True)
+    assert state["seen"]["pieces"] == 3 and state["_run"]["at"] == [0, 1, 2] and state["size"] == 2
+    with says("not finite"):  # noticed late: only when something is printed
+        toy(ToyArgs(str(tmp_path / "late"), poison=6, save_every=1e9))
+
+
+def test_run_tells_the_time_left(tmp_path, capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(data.time, "time", lambda: now[0])
+
+    def event(i):
+        now[0] += 60 if i in (0, 8) else 1
+    result = toy(ToyArgs(str(tmp_path), save_every=1e9), event)
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("round")]
+    left = [x.partition(" | ")[2] for x in lines]  # nothing while policy has not been seen at work
+    assert left == ["", "", "0:01:07 left", "0:00:05 left", "0:00:02 left", ""]
+    assert lines[1].startswith("round 0: model 5/5, 1.0/s, loss ") and result["seconds"] == 136
+
+
+def test_run_folder_and_results(tmp_path, capsys):
+    args = ToyArgs(str(tmp_path), task="a/b:c,d")
+    result = toy(args)
+    folder = Path(result["folder"])
+    assert folder.name.startswith("a%2Fb%3Ac,d__toy__0__") and list(folder.glob("events.*"))
+    assert {"data.py", "envs.py", "args.json"} <= {p.name for p in folder.iterdir()}
+    saved = json.loads((folder / "results.json").read_text())
+    assert saved["args"]["pair"] == [1, 2] and saved["hardware"] and saved["seconds"] >= 0
+    assert saved["command"].startswith("python ") and "commit" in saved and saved["weight"] == result["weight"]
+    assert f"files: {folder}/" in capsys.readouterr().out
+    assert toy(args)["folder"] != result["folder"]  # two starts within one second
+    many = Run("pwm", ToyArgs(str(tmp_path), task=",".join(f"walker-{i}" for i in range(30))), tmp_path)
+    assert len(many.dir.name) < 120 and "+29" in many.dir.name and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_run_copies_the_script(tmp_path):
-    (tmp_path / "my.py").write_text(f"import sys; sys.path.insert(0, {HERE!r})\nimport data\n"
-                                    "print(data.Run('t', 'my', 0, {}).dir)")
-    out = subprocess.run([sys.executable, "my.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert (tmp_path / out.strip() / "my.py").exists()
+    (tmp_path / "my.py").write_text(
+        f"import sys; sys.path.insert(0, {HERE!r})\nimport data, dataclasses\n"
+        "fields = [('task', str, 't'), ('seed', int, 0), ('resume', str, None)]\n"
+        "print(data.Run('my', dataclasses.make_dataclass('Args', fields)()).dir)")
+    out = subprocess.run([sys.executable, "my.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (tmp_path / out.stdout.strip() / "my.py").exists()
 
 
-def test_run_resume_cuts_metrics(tmp_path):
-    run = Run("t", "pwm", 0, {"a": 1}, root=tmp_path)
-    state = {"step": 2, "w": torch.arange(3.), "nested": {"l": [1, (2., None)], 0: "s"}, "rng": torch.get_rng_state()}
-    for i in range(5):
-        run.log(i, loss=i)
-        if i == 2:
-            run.save(state)
-        if i == 1:
-            run.save({"early": True}, "model.pt")
-    run.close()
-    with open(run.dir / "metrics.jsonl", "ab") as f:
-        f.write(b'{"step": 5, "lo')                          # killed in the middle of a line
-    again = Run("t", "pwm", 0, {"a": 9}, resume=run.dir)
-    assert again.resumed and again.args == {"a": 1} and again.dir == run.dir
-    assert again.load("model.pt") == {"early": True}         # another file cuts nothing
-    got = again.load()
-    assert equal(got, state)
-    again.log(3, loss=3)
-    again.load()                                             # after the first log nothing is cut any more
-    again.log(4, loss=4)
-    again.close()
-    rows = [json.loads(x) for x in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4] and [r["loss"] for r in rows] == [0, 1, 2, 3, 4]
-    for args in (("t", "ed2"), ("u", "pwm")):
-        with says("is a run of pwm on 't'"):
-            Run(*args, 0, {}, resume=run.dir)
-    with says("no readable args.json"):
-        Run("t", "pwm", 0, {}, resume=tmp_path)
+def test_run_inside_a_folder_is_silent_and_goes_on(tmp_path, capsys):
+    args, made = ToyArgs(str(tmp_path), save_every=0), []
+
+    def cell(stop):
+        run, net = Run("toy", args, inside=tmp_path / "cell"), nn.Linear(1, 1)
+        run.keeps(net=net)
+        for i in run.steps("model", 4):
+            made.append(i)
+            if i == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+        run.close()
+    with pytest.raises(KeyboardInterrupt):
+        cell(2)
+    cell(-1)
+    assert made == [0, 1, 2, 3] and not capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "cell").iterdir()} == {"checkpoint.pt", "metrics.jsonl"}
+
+
+def test_run_of_two_ranks_iterates_alike_and_one_writes(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {HERE!r})
+import dataclasses, torch, data
+args = dataclasses.make_dataclass("Args", [("task", str, "t"), ("seed", int, 0), ("resume", str, None)])()
+rank, world = data.join_ranks(torch.device("cpu"))
+run, seen = data.Run("toy", args, {str(tmp_path)!r}), []
+run.keeps(w=dict(x=torch.ones(1)))
+for r in run.rounds(2):
+    for _ in run.once("play"):
+        seen.append("play")
+    for step in run.steps("model", 3, log_every=3, shared=True):
+        seen.append(step)
+        run.note(x=float(rank))
+result = run.finish(dict(x=1))
+assert seen == ["play", 0, 1, 2] * 2 and (result is None) == (rank == 1) and world == 2
+"""
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29631"}
+    both = [subprocess.Popen([sys.executable, "-c", code], env={**env, "RANK": str(r)}) for r in (0, 1)]
+    assert [p.wait(100) for p in both] == [0, 0]
+    assert [r["losses/model/x"] for r in lines_of(only(tmp_path))] == [0.5, 0.5]  # means
 
 
 def test_checkpoint_refuses_and_survives(tmp_path, monkeypatch):
-    run = Run("t", "pwm", 0, {}, root=tmp_path)
+    args, held = ToyArgs(str(tmp_path)), {"x": 1}
+    run = Run("toy", args, tmp_path)
+    run.keeps(held=held)
     with says("no", "checkpoint.pt"):
         run.load()
-    run.save({"x": 1})
-    for bad, words in (({"a": {"b": [np.float64(1)]}}, "state['a']['b'][0]"), ({"a": {1, 2}}, "set"),
-                       ({"a": np.zeros(2)}, "ndarray"), ({np.int64(1): 2}, "key"), ({"a": Evil(print)}, "Evil"),
-                       ({"a": torch.float32}, "dtype")):
+    run.save()
+    for bad, words in (({"b": [np.float64(1)]}, "state['held']['b'][0]"), ({"b": {1, 2}}, "set"),
+                       ({"b": np.zeros(2)}, "ndarray"), ({np.int64(1): 2}, "key"),
+                       ({"b": Evil(print)}, "Evil"), ({"b": torch.float32}, "dtype")):
+        run.keeps(held=bad)
         with says(words, "checkpoints hold"):
-            run.save(bad)
-    assert run.load() == {"x": 1}
-    run.save({"sd": torch.nn.Linear(2, 2).state_dict(), "p": torch.nn.Parameter(torch.ones(2))})
-    assert set(run.load()["sd"]) == {"weight", "bias"}
-    run.save({"x": 2})
+            run.save()
+    run.keeps(held=held, net=nn.Linear(2, 2), p={"p": nn.Parameter(torch.ones(2))})
+    run.save("model.pt")
+    assert run.load()["held"] == {"x": 1} and set(run.load("model.pt")["net"]) == {"weight", "bias"}
+    held["x"] = 2
+    run.save()
 
     def full(state, f, **kw):
         f.write(b"half")
@@ -735,25 +884,90 @@ def test_checkpoint_refuses_and_survives(tmp_path, monkeypatch):
 
     def broken(state, f, **kw):
         raise RuntimeError("PytorchStreamWriter failed writing file")
+    held["x"] = 3
     for failing in (full, broken):
         with monkeypatch.context() as m:
             m.setattr(torch, "save", failing)
             with says("checkpoint.pt"):
-                run.save({"x": 3})
+                run.save()
     with monkeypatch.context() as m:
-        m.setattr(data.shutil, "disk_usage", lambda p: type("U", (), {"free": 1000}))
+        m.setattr(data.shutil, "disk_usage", lambda p: types.SimpleNamespace(free=10))
         with says("free"):
-            run.save({"x": torch.zeros(1000)})
-    assert run.load() == {"x": 2} and not list(run.dir.glob("*.tmp")) and not list(run.dir.glob(".*"))
+            run.save()
+    assert run.load()["held"] == {"x": 2} and not list(run.dir.glob(".*"))
+    args.resume = str(run.dir)
+    with says("no 'other'", "copy of the code"):
+        Run("toy", args).keeps(other={})
+    with says("'net' of the checkpoint does not fit", "copy of the code"):
+        Run("toy", args).keeps(net=nn.Linear(3, 2))
     raw = (run.dir / "checkpoint.pt").read_bytes()
-    for content in (raw[:-40], b"", b"junk", raw[:300]):
+    evil = io.BytesIO()
+    torch.save({"x": Evil(os.system, f"touch {tmp_path / 'flag'}")}, evil)
+    for content in (raw[:-40], b"", b"junk", raw[:300], evil.getvalue()):
         (run.dir / "checkpoint.pt").write_bytes(content)
         with says("damaged"):
             run.load()
-    torch.save({"x": Evil(os.system, f"touch {tmp_path / 'flag'}")}, run.dir / "checkpoint.pt")
-    with says("damaged"):
-        run.load()
     assert not (tmp_path / "flag").exists()
+
+
+def test_flags_are_refused_in_one_sentence(tmp_path, monkeypatch):
+    folder = toy(ToyArgs(str(tmp_path)))["folder"]
+    saved = data.resumed(ToyArgs(str(tmp_path), resume=folder, workers=7))
+    assert saved.pair == (1, 2) and saved.workers == 7 and saved.resume == folder
+    assert data.resumed(ToyArgs("x")) == ToyArgs("x")
+    with says("--seed", "is 0, not 3", "leave --seed out"):
+        data.resumed(ToyArgs(str(tmp_path), resume=folder, seed=3))
+    for place in (tmp_path, tmp_path / "nothing"):
+        with says("no readable args.json", "runs/<name>"):
+            data.resumed(ToyArgs("x", resume=str(place)))
+        with says("no readable args.json"):
+            Run("toy", ToyArgs("x", resume=str(place)))
+    with says("--pair is unknown here", "another version"):
+        data.resumed(dataclasses.make_dataclass("A", [("resume", str, folder)])())
+    for script, task in (("other", "t"), ("toy", "u")):
+        with says("is a run of toy on 't'"):
+            Run(script, ToyArgs("x", task=task, resume=folder))
+    with says("--save-every 3", "nobody reads it; leave it out"):
+        data.refuse(ToyArgs("x", save_every=3), "seed save_every", "nobody reads it")
+    data.refuse(ToyArgs("x", save_every=3), "seed pair", "nobody reads it")
+    for ranges, words in ((dict(seed=(1, None)), "--seed 0 is out of range: expected at least 1"),
+                          (dict(seed=(1, 2)), "expected 1 to 2"),
+                          (dict(save_every=(None, 5)), "--save-every nan is out of range: expected at most 5")):
+        with says(words):
+            data.check_ranges(ToyArgs("x", save_every=math.nan), ranges)
+    data.check_ranges(ToyArgs("x"), dict(seed=(0, 0), resume=(1, 2), workers=(None, None)))
+    moved = {"--task ant": "--task studies.bodies:ant", "--old": "python -m studies.old"}
+    for words, new in (("--root x --task ant", "type --task studies"), ("--old=3", "type python -m"),
+                       ("--task=ant", "--task ant has moved")):
+        monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
+        with says(new):
+            data.parse(ToyArgs, "doc", moved)
+    monkeypatch.setattr(sys, "argv", ["studies/x.py", "--root", "a b", "--task", "old"])
+    assert data.parse(ToyArgs, "doc", moved) == ToyArgs("a b", task="old")
+    assert data.command_line() == "python -m studies.x --root 'a b' --task old"
+    if not torch.cuda.is_available():
+        with says("no GPU", "--device cpu"):
+            data.choose_device("cuda")
+        assert data.choose_device("auto")[0].type == "cpu"
+
+
+def work(name, cell, folder):
+    if cell["x"] < 0:
+        raise ValueError(name)
+    return {"y": cell["x"] ** 2, "pid": os.getpid()}
+
+
+def test_cells_are_kept_and_run_side_by_side(tmp_path, capsys):
+    cells = {"a": {"x": 1}, "b/c": {"x": -1}}
+    with pytest.raises(ValueError):
+        data.run_cells(work, cells, tmp_path)
+    kept = (tmp_path / "cells" / "a.json").read_text()
+    cells = {"a": {"x": 5}, "b/c": {"x": 2}, "d": {"x": 3}}
+    result = data.run_cells(work, cells, tmp_path, workers=2, tell=lambda r: f"y {r['y']}")
+    assert [r["y"] for r in result.values()] == [1, 4, 9] and result["d"]["cell"] == "d"
+    assert (tmp_path / "cells" / "a.json").read_text() == kept
+    assert result["d"]["pid"] != os.getpid() == result["a"]["pid"]
+    assert "2/2" in (out := capsys.readouterr().out) and "y 9 | 0:00:00 left" in out or "y 4 |" in out
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
