@@ -34,9 +34,10 @@ CASES = {  # name: (words of the command, seconds after which the second run is 
                       "--seeds 1 --workers 1", 20),
     "ed2_online": ("ed2.py --task cup-catch --mode online --updates 2500 --batch 4 --length 8 --train-ratio 1 "
                    "--workers 1", 14),
-    "mow": ("mow.py --steps 90 --random-steps 60 --warmup 20 --eval-episodes 2 --frame-cap 400 --save-every 0", 14),
-    "mow_storm": ("mow.py --task Boxing --storm --steps 90 --random-steps 60 --eval-episodes 2 --frame-cap 400 "
-                  "--save-every 0", 10),
+    "mow": ("mow.py --steps 90 --random-steps 60 --warmup 20 --eval-episodes 2 --atari frame_cap 400 "
+            "--save-every 0", 14),
+    "mow_storm": ("mow.py --task Boxing --storm --steps 90 --random-steps 60 --eval-episodes 2 --atari "
+                  "frame_cap 400 --save-every 0", 10),
     "savi": ("savi.py --clips 20 --updates 60 --workers 1", 14)}
 
 
