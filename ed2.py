@@ -1,17 +1,17 @@
 """ED2: environment dynamics decomposition for world models in one file.
 
-The idea (ED2, arXiv 2112.02817; sections and equations below are those of Giridhar et al.,
-"Explorations in Dynamics Decomposition for Multi-Task RL", equations counted as displayed): a
-robot's actions fall into groups G_1 .. G_k that move different things. SD2 finds them by
-correlating actions with state changes (Sec. 3.2); D2P predicts with one small model per group, each
-of which reads the whole state, s' = (1/k) sum_i f_i(s, a_Gi) (Sec. 3.2, Eq. (2)). Both run here on
-the world models of Sec. 5.1, TD-MPC2 and DreamerV3, beside one model of equal size.
+The idea (ED2, arXiv 2112.02817; sections, tables and equations in the order of Giridhar et al.,
+"Explorations in Dynamics Decomposition for Multi-Task RL"): a robot's actions fall into groups
+G_1 .. G_k that move different things. SD2 finds them by correlating actions with state changes
+(Sec. 3.2); D2P predicts with one small model per group, each of which reads the whole state:
+s' = (1/k) sum_i f_i(s, a_Gi), Eq. (2). Both run here on the world models of Sec. 5.1, TD-MPC2 and
+DreamerV3, beside one model of equal size.
 
     python ed2.py --task walker-walk                  # TD-MPC2, 3 paired seeds: 6 minutes on 2
                                                       # cores; no difference to one model
     python ed2.py --task walker-walk --wm dreamerv3   # on a recurrent model: 4 minutes; the same
 
-`python -m studies.ed2_tables` adds all controls and gives verdicts. Copy me with envs.py and data.py.
+All controls and the verdicts: `python -m studies.ed2_tables`. Copy me with envs.py and data.py.
 
 Shapes: B batch, T or H time, O obs, A action, D latent, k groups, w width of one sub-model; time
 first: obs (H+1, B, O), act (H, B, A), rew (H, B). `groups` are lists of action indices.
@@ -32,6 +32,7 @@ Deviations from the paper:
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -58,8 +59,8 @@ class Args:
     """paired trainings of every model: seed, seed + 1, .."""
     wm: Literal["tdmpc2", "dreamerv3"] = "tdmpc2"
     """backbone: TD-MPC2's MLP dynamics or DreamerV3's recurrent state-space model"""
-    partition: Literal["sd2", "published", "human", "random", "full", "none"] = "sd2"
-    """groups: SD2's on random data; as published; limbs; SD2's sizes at random; one per action; one"""
+    partition: Literal["sd2", "published", "full", "none"] = "sd2"
+    """groups: SD2's on random data; published; one per action; one. More: studies.ed2_partitions"""
     agg: Literal["hidden", "post"] = "hidden"
     """tdmpc2: average the sub-models' last hidden layers, or their outputs as in Eq. (2)"""
     match: Literal["params", "none"] = "params"
@@ -82,8 +83,7 @@ class Args:
     """seconds between checkpoints of a training"""
     track: bool = False
     """also send metrics to Weights & Biases (pip install wandb)"""
-
-    # budget: left out, these follow from device and backbone and are printed at the start
+    # left out, these follow from device and backbone and are printed at the start
     updates: int | None = None
     """gradient steps of every training"""
     batch: int | None = None
@@ -147,14 +147,13 @@ def symexp_two_hot_loss(logits, x):
 
 
 def unimix(logits):
-    """logits (.., S, C) -> probabilities, 99 % softmax and 1 % uniform"""
-    p = (logits - logits.detach().amax(-1, keepdim=True)).exp()
-    return (1 - 0.01) * p / p.sum(-1, keepdim=True) + 0.01 / logits.shape[-1]
+    """Log-probabilities of 0.99 softmax + 0.01 uniform: (.., groups, classes)."""
+    return (0.99 * logits.float().softmax(-1) + 0.01 / logits.shape[-1]).log()
 
 
 def kl(p, q):
-    """KL divergence in nats, summed over the latent variables: (.., S, C) -> (..)"""
-    return (p * (p.log() - q.log())).sum((-2, -1))
+    """KL(p || q) in nats, summed over groups: (.., groups, classes) log-probabilities -> (..)."""
+    return (p.exp() * (p - q)).sum((-2, -1))
 
 
 def draw_gumbel(shape, generator):
@@ -163,9 +162,9 @@ def draw_gumbel(shape, generator):
     return -(-u.clamp(1e-10, 1 - 6e-8).log()).log()
 
 
-def sample_latent(p, gumbel):
-    """Gumbel-max with straight-through gradient: p, gumbel (.., S, C) -> z (.., S C)"""
-    index = (p.detach().log() + gumbel).argmax(-1, keepdim=True)
+def sample_latent(logp, gumbel):
+    """Gumbel-max with straight-through gradient: logp, gumbel (.., S, C) -> z (.., S C)"""
+    index, p = (logp.detach() + gumbel).argmax(-1, keepdim=True), logp.exp()
     one_hot = (index == torch.arange(p.shape[-1], device=p.device)).to(p.dtype)
     return (one_hot + p - p.detach()).flatten(-2)
 
@@ -176,18 +175,12 @@ def linear_fall(step, total, lr, final=0.03):
 
 
 # ------------------------------------------------ SD2: sub-dynamics discovery (Sec. 3.2, Fig. 1)
-# Groups of dm_control's robots, actuator numbers in file order: as published, and by limbs.
+# Groups that ED2's authors published for dm_control's robots, actuator numbers in file order.
 PUBLISHED = {
     "walker": [[0, 1, 3, 4], [2], [5]], "cheetah": [[0, 1], [2], [3, 4], [5]],
     "hopper": [[0, 1], [2], [3]], "reacher": [[0], [1]], "finger": [[0], [1]],
     "humanoid": [[0, 5, 11], [1, 15, 16, 17, 18, 19, 20], [2, 3, 9], [4, 10], [6, 8], [7],
                  [12, 14], [13]]}
-LIMBS = {
-    "walker": [[0, 1, 2], [3, 4, 5]], "cheetah": [[0, 1, 2], [3, 4, 5]],
-    "hopper": [[0, 1], [2, 3]],
-    "humanoid": [[0, 1, 2], [3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [15, 16, 17],
-                 [18, 19, 20]]}
-KNOWN = {"published": PUBLISHED, "human": LIMBS}
 
 
 def pearson_features(act, delta):
@@ -260,12 +253,6 @@ def assignment(groups, act_dim):
     return out
 
 
-def random_partition(groups, seed):
-    """The same group sizes, members at random."""
-    order = np.random.default_rng(seed).permutation(sum(map(len, groups))).tolist()
-    return [sorted(order.pop() for _ in g) for g in groups]
-
-
 # --------------------------------------------------------------------- networks of both backbones
 def tiny(*shape):
     """A parameter of deviation 0.02, as all weights of TD-MPC2 begin."""
@@ -273,9 +260,9 @@ def tiny(*shape):
 
 
 class Stacked(nn.Module):
-    """Linear layers side by side: weight (*n, I, J), n = (k,), or (k, g) for k networks of g blocks.
+    """Linear layers side by side, k, or k x g for k networks of g blocks: one batched product.
 
-    (*n, B, I) -> (*n, B, J), one batched product. `apart`: what LaProp clips for each of the k.
+    weight (k, .., I, J), x (k, .., B, I) -> (k, .., B, J). `apart`: what LaProp clips for each k.
     """
 
     apart = ("weight", "bias")
@@ -323,10 +310,9 @@ def simnorm(x, V=8):
 class Dynamics(nn.Module):
     """D2P on TD-MPC2: k trunks (latent, own actions) -> w -> w, and a head; one group is its MLP.
 
-    z (B, D), act (B, A) -> next z (B, D). agg "hidden": mean of the trunks' last layers, one shared
-    head (as ED2 on MBPO); "post": a head each, mean of the outputs, Eq. (2) itself. No loop over
-    trunks: their first layer is one product with W_z (D, k w) and W_a (A, k w), W_a masked so that
-    other groups' actions have weight and gradient zero; the second is one batched product.
+    agg "hidden": mean of the trunks' last layers, one head (as ED2 on MBPO); "post": a head each,
+    mean of the outputs, Eq. (2) itself. No loop over trunks: their first layer is one product with
+    W_z (D, k w) and W_a (A, k w), W_a masked: other groups' actions have weight and gradient 0.
     """
 
     def __init__(self, latent, act_dim, width, groups, agg="hidden"):
@@ -348,13 +334,13 @@ class Dynamics(nn.Module):
         x = F.mish(F.layer_norm(x, x.shape[-1:]) * self.gain + self.shift)  # own statistics each
         return self.second(x.transpose(0, 1))
 
-    def forward(self, z, act):
+    def forward(self, z, act):  # -> next z (B, D)
         x = self.trunks(z, act)
         return self.head(x.mean(0, keepdim=True) if self.agg == "hidden" else x).mean(0)
 
 
 class TDMPC2(nn.Module):
-    """Encoder, dynamics, reward, policy prior, E Q functions and their slow copy, for one task."""
+    """TD-MPC2: encoder, reward, policy prior, E Q functions and their slow copy, dynamics."""
 
     def __init__(self, obs_dim, act_dim, latent, hidden, dynamics, E=2):
         super().__init__()
@@ -420,14 +406,13 @@ def mlp(i, units, layers, out=None, scale=1.0):
 
 
 class RSSM(nn.Module):
-    """D2P on DreamerV3's core: h' = mean_i core_i(h, z, a_Gi), prior p(z'|h'), posterior q(z'|h', e).
+    """D2P on DreamerV3: h' = mean_i core_i(h, z, a_Gi), prior p(z' | h'), posterior q(z' | h', e).
 
-    groups: k of them, None for one core that sees all actions (DreamerV3 itself). Each sub-core has
-    its own embedding of its own actions, its own block-diagonal hidden layer (g blocks of width / g
-    units, input D/g + 3U) and its own GRU; they share h, z and the embeddings of both. Every h_i' has
-    the full size D, so `width` is what matches sizes. No loop over groups: all first layers are one
-    masked product, later ones are batched products, and [h, embeddings] is never copied k times,
-    because h and the shared embeddings have their own products.
+    groups: None for one core that sees all actions, DreamerV3 itself. Each of k sub-cores has its
+    own embedding of its actions, hidden layer (g blocks of width / g units) and GRU; they share h, z
+    and embeddings of both (U each). Every h_i' has size D, so `width` is what matches sizes. No loop
+    over groups: first layers are one masked product, later ones are batched, and [h, embeddings] is
+    never copied k times, because its parts have their own products.
     """
 
     apart = ("act_weight", "act_bias", "act_gain", "hid_gain")  # see `Stacked`
@@ -456,7 +441,7 @@ class RSSM(nn.Module):
         """Rearranged weights, made once for all steps of a sequence."""
         W, d, U = self.hid.weight, self.deter // self.blocks, self.act_bias.shape[-1]
         actions = (self.act_weight * self.act_mask).transpose(0, 1).flatten(1)  # (A, k U)
-        # the input of a block is [h-slice (d), embeddings of h, z and a (3 U)]; W (k, g, d + 3U, w/g)
+        # W (k, g, d + 3U, w/g): the input of a block is its d of h, embeddings of h, z and a
         from_h = W[:, :, :d].permute(1, 2, 0, 3).flatten(2)  # (g, d, k w/g)
         from_x = W[:, :, d:d + 2 * U].permute(2, 0, 1, 3).flatten(1)  # (2U, k w)
         from_a = W[:, :, d + 2 * U:].transpose(1, 2).flatten(2)  # (k, U, w)
@@ -472,17 +457,13 @@ class RSSM(nn.Module):
         x = x.unflatten(-1, (self.blocks, -1)) + self.hid.bias[:, :, 0]
         return x.unflatten(0, act.shape[:-1])
 
-    def mean_square(self, x):
-        """What normalises the hidden layer (B, k, g, w/g) of a sub-core: over all of its blocks."""
-        g = x.shape[2]
-        return x.square().mean(-1) @ (torch.ones(g, g) / g)
-
     def subcores(self, weights, h, z, act_in):
         """h (B, D), z (B, S C), act_in (B, k, g, w/g) -> next states h_i of all (k, g, B, D/g)."""
         hs = h.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # (g, B, D/g)
         x = act_in + (torch.cat([self.h_in(h), self.z_in(z)], -1) @ weights[2]).view_as(act_in)
         x = x + torch.bmm(hs, weights[1]).unflatten(-1, (-1, x.shape[-1])).permute(1, 2, 0, 3)
-        x = F.silu(x * torch.rsqrt(self.mean_square(x) + 1e-4)[..., None] * self.hid_gain)
+        size = x.square().mean((-2, -1), keepdim=True)  # over the blocks of a sub-core
+        x = F.silu(x * torch.rsqrt(size + 1e-4) * self.hid_gain)
         reset, cand, update = self.gru(x.permute(1, 2, 0, 3)).chunk(3, -1)  # (k, g, B, D/g)
         update = torch.sigmoid(update - 1)
         return update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * hs
@@ -491,30 +472,25 @@ class RSSM(nn.Module):
         """Eq. (2) on the recurrent state: the mean of the sub-cores' next states, (B, D)."""
         return self.subcores(weights, h, z, act_in).mean(0).transpose(0, 1).flatten(1)
 
-    def prior(self, h):
-        """p(z | h), (.., S, C)"""
-        return unimix(self.prior_net(h).unflatten(-1, (self.stoch, self.classes)))
-
-    def posterior(self, h, embed):
-        """q(z | h, embed), (.., S, C)"""
-        x = self.post_net(torch.cat([h, embed], -1))
+    def classify(self, x):
+        """Logits (.., S C) -> log-probabilities (.., S, C)."""
         return unimix(x.unflatten(-1, (self.stoch, self.classes)))
 
-    def initial(self, n, device):
-        """Zero state h (n, D), z (n, S C)."""
-        widths = self.deter, self.stoch * self.classes
-        return [torch.zeros(n, width, device=device) for width in widths]
+    def prior(self, h):
+        return self.classify(self.prior_net(h))
+
+    def posterior(self, h, embed):
+        return self.classify(self.post_net(torch.cat([h, embed], -1)))
 
     def observe(self, embed, act, gumbel):
-        """Posterior states of recordings that start from the zero state.
+        """Posterior states of recordings, which start from the zero state.
 
-        embed (T+1, B, U), act (T, B, A), gumbel (T+1, B, S, C)
-        -> h (T+1, B, D), z (T+1, B, S C), posterior (T+1, B, S, C)
+        embed (T+1, B, U), act (T, B, A), gumbel (T+1, B, S, C) -> h (T+1, B, D), z (T+1, B, S C),
+        log-probabilities of the posteriors (T+1, B, S, C)
         """
-        weights = self.core_weights()
+        weights, states, B = self.core_weights(), [], embed.shape[1]
         before = torch.cat([torch.zeros_like(act[:1]), act])  # the action that led to each state
-        h, z = self.initial(embed.shape[1], embed.device)
-        states = []
+        h, z = embed.new_zeros(B, self.deter), embed.new_zeros(B, self.stoch * self.classes)
         for e, a, g in zip(embed.unbind(0), self.act_input(weights, before).unbind(0), gumbel):
             h = self.step(weights, h, z, a)
             post = self.posterior(h, e)
@@ -546,26 +522,22 @@ DREAMER_SIZES = {  # named by their authors' totals with convolutions
     "50m": dict(deter=4096, hidden=512, classes=32, units=512)}
 
 
-def dynamics_params(latent, width, groups, agg):
-    """Parameters of Dynamics that are not masked."""
-    trunks = sum((latent + len(G)) * width + width * width + 6 * width for G in groups)
-    return trunks + (1 if agg == "hidden" else len(groups)) * (width + 3) * latent
-
-
-def core_params(width, groups, deter, hidden, classes, stoch=32, blocks=8):
-    """Parameters of an RSSM's core that are not masked: embeddings, hidden layers, GRUs."""
-    inputs = deter + stoch * classes + 4 + sum(len(G) + 2 for G in groups)
-    layers = (deter // blocks + 3 * hidden + 2) * width + 3 * deter // blocks * width + 3 * deter
-    return hidden * inputs + len(groups) * layers
-
-
 def counter(wm, model_size, agg="hidden"):
-    """(count, width of the single model); count(groups, width) -> parameters that predict s'."""
+    """(count, width of the single model): count(groups, width) -> unmasked parameters of D2P."""
+    def tdmpc2(groups, width):
+        trunks = sum((latent + len(G)) * width + width * width + 6 * width for G in groups)
+        return trunks + (1 if agg == "hidden" else len(groups)) * (width + 3) * latent
+
+    def dreamerv3(groups, width):
+        inputs = deter + 32 * classes + 4 + sum(len(G) + 2 for G in groups)  # of the embeddings
+        core = (deter // 8 + 3 * hidden + 2) * width + 3 * deter // 8 * width + 3 * deter
+        return hidden * inputs + len(groups) * core
+
     if wm == "tdmpc2":
         latent, hidden = TDMPC2_SIZES[model_size]
-        return lambda groups, width: dynamics_params(latent, width, groups, agg), hidden
+        return tdmpc2, hidden
     deter, hidden, classes, _ = DREAMER_SIZES[model_size].values()
-    return lambda groups, width: core_params(width, groups, deter, hidden, classes), deter
+    return dreamerv3, deter
 
 
 def match_width(count, target, step=8):
@@ -588,7 +560,7 @@ def unroll(dynamics, z, act):
 
 
 def consistency_loss(dynamics, z, act, target, rho=0.5):
-    """(1/H) sum_t rho^t MSE_t of open-loop latents (Table 2): z (B, D), act and target (H, B, ..)."""
+    """(1/H) sum_t rho^t MSE_t of open-loop latents, Table 2: z (B, D), act, target (H, B, ..)."""
     error = (unroll(dynamics, z, act) - target).square().mean((1, 2))
     return (error * rho ** torch.arange(len(act), device=error.device)).mean()
 
@@ -596,8 +568,8 @@ def consistency_loss(dynamics, z, act, target, rho=0.5):
 def tdmpc2_loss(model, obs, act, rew, noise, pair, rho=0.5, gamma=0.99):
     """20 consistency + 0.1 reward + 0.1 value on open-loop latents (TD-MPC2, Sec. 3.1).
 
-    noise (H, B, A) for the policy in the value target, pair (2,): the slow Q functions of its minimum.
-    -> loss, metrics, detached z (H+1, B, D).
+    noise (H, B, A) is the policy's in the value target, pair (2,) the slow Q functions of its
+    minimum. -> loss, metrics, detached z (H+1, B, D).
     """
     with torch.no_grad():
         target = model.encoder(obs[1:])
@@ -631,9 +603,9 @@ def policy_loss(model, z, noise, scale, rho=0.5):
 def rssm_loss(model, obs, act, rew, gumbel, skip=0):
     """DreamerV3's Eqs. (2) and (3): reconstruction, reward, continuation, KL with 1 free nat.
 
-    obs (T+1, B, O), act (T, B, A), rew (T, B), gumbel (T+1, B, S, C). Recordings start from the zero
-    state, wrongly amid an episode: metrics leave out the first `skip` steps. dyn is the KL with free
-    nats (Table 1), dyn_raw without. -> loss, metrics, (h (T+1, B, D), z (T+1, B, S C)).
+    obs (T+1, B, O), act (T, B, A), rew (T, B), gumbel (T+1, B, S, C); metrics leave out the first
+    `skip` steps, which suffer from the zero state; dyn is the KL with free nats (Table 1), dyn_raw
+    without. -> loss, metrics, (h (T+1, B, D), z (T+1, B, S C)).
     """
     target = symlog(obs)
     h, z, post = model.rssm.observe(model.encoder(target), act, gumbel)
@@ -647,8 +619,8 @@ def rssm_loss(model, obs, act, rew, gumbel, skip=0):
         con=F.binary_cross_entropy_with_logits(cont, more, reduction="none"),
         dyn=dyn.clamp(min=1), rep=rep.clamp(min=1))  # clipped per step, then averaged
     loss = sum((0.1 if name == "rep" else 1.0) * x.mean() for name, x in terms.items())
-    terms |= dict(dyn_raw=dyn, post_entropy=-(post * post.log()).sum((-2, -1)),
-                  prior_entropy=-(prior * prior.log()).sum((-2, -1)))
+    terms |= dict(dyn_raw=dyn, post_entropy=-(post.exp() * post).sum((-2, -1)),
+                  prior_entropy=-(prior.exp() * prior).sum((-2, -1)))
     metrics = {k: x.detach()[max(skip - (k == "rew"), 0):].mean() for k, x in terms.items()}
     return loss, metrics, (h, z)
 
@@ -686,28 +658,24 @@ class LaProp(torch.optim.Optimizer):
 
 
 # -------------------------------------------------------------------------------------- training
-def optimiser(model, args, joint):
-    """That of a world model; every group has the `scale` of its learning rate."""
-    if args.wm == "dreamerv3":
-        return LaProp(model, args.lr, max(1, min(1000, args.updates // 10)))
-    parts = [model.encoder, model.reward, model.q, model.dynamics] if joint else [model]
-    groups = [dict(params=list(part.parameters()), scale=1.0) for part in parts]
-    groups[0]["scale"] = 0.3 if joint else 1.0  # TD-MPC2's encoder is slower
-    return torch.optim.Adam(groups, foreach=True)
-
-
 def train(run, model, sampler, args, seed, encoder=None):
     """Fit a world model to the replay; every variant of a seed sees the same batches.
 
     encoder: `model` is TD-MPC2's dynamics alone, in the latents of this fixed encoder. Returns the
     dynamics loss that Tables 1 and 2 show, averaged over the last tenth of training.
     """
-    joint = args.wm == "tdmpc2" and encoder is None
-    device, opt = next(model.parameters()).device, optimiser(model, args, joint)
-    prior_opt = torch.optim.Adam(model.prior.parameters(), args.lr, eps=1e-5, foreach=True) \
-        if joint else None
+    joint, prior_opt = args.wm == "tdmpc2" and encoder is None, None
+    if args.wm == "dreamerv3":
+        opt = LaProp(model, args.lr, max(1, min(1000, args.updates // 10)))
+    else:
+        parts = [model.encoder, model.reward, model.q, model.dynamics] if joint else [model]
+        groups = [dict(params=list(part.parameters()), scale=1.0) for part in parts]
+        groups[0]["scale"] = 0.3 if joint else 1.0  # TD-MPC2's encoder is slower
+        opt = torch.optim.Adam(groups, foreach=True)
+    if joint:
+        prior_opt = torch.optim.Adam(model.prior.parameters(), args.lr, eps=1e-5, foreach=True)
+    device, begin = next(model.parameters()).device, int(0.9 * args.updates)
     generator = torch.Generator(device).manual_seed(seed)
-    begin = int(0.9 * args.updates)  # of what is shown
     kept = dict(scale=torch.ones(()), shown=torch.zeros(args.updates - begin))
     run.keeps(model=model, opt=opt, prior_opt=prior_opt, rng=generator, kept=kept)
     kept.update({k: x.to(device) for k, x in kept.items()})
@@ -766,45 +734,44 @@ def make_data(task, folder, steps, workers, data_dir=None):
     linear policy, or the episodes in data_dir; with neither, the random ones. SystemExit: data that
     does not fit the task, ends early, or is too little.
     """
-    A, T = task_facts(task)[1:3]
-    facts, folder, done = {task: task_facts(task)[:3]}, Path(folder), Path(folder, "data.json")
-    if data_dir and Episodes.open(data_dir, [task]).facts != facts:
-        raise SystemExit(f"{data_dir} has {Episodes.open(data_dir, [task]).facts}, expected {facts} "
-                         "(obs, act, steps): episodes of envs.make_env, with its action repeat")
+    shape, folder, done = task_facts(task)[:3], Path(folder), Path(folder, "data.json")
+    if data_dir and (found := Episodes.open(data_dir, [task]).facts[task]) != shape:
+        raise SystemExit(f"{data_dir} holds {task} with (obs, act, steps) = {found}, the task has "
+                         f"{shape}: expected episodes of envs.make_env, with its action repeat")
     if not done.exists():
-        random = Episodes.create(folder / "random", facts)
-        random.truncate({task: 0})  # a run killed here starts its data again
+        shutil.rmtree(folder, ignore_errors=True)  # a run killed here starts its data again
+        _, A, T = shape
         n = max(4, math.ceil(20_000 / T))
         acts = np.random.default_rng(0).uniform(-1, 1, (n, T, A)).astype(np.float32)
+        random, own = (Episodes.create(folder / x, {task: shape}) for x in ("random", "replay"))
         with Workers(workers) as pool:
-            jobs = [(task, 10**6 + s) for s in range(n)]
-            played = pool.rollout(jobs, lambda obs, job, t: acts[job, t])
-            store(random, task, played)
+            seeds = range(10**6, 10**6 + n)
+            played = play(pool, task, seeds, lambda obs, job, t: acts[job, t], random)
             notes = {"random_return": float(np.mean([e["ret"] for e in played]))}
             if steps and not data_dir:
-                own = Episodes.create(folder / "replay", facts)
-                own.truncate({task: 0})
                 notes["returns"] = search(task, pool, played, own, steps)
         data.write_json(done, notes)
     random = Episodes.open(folder / "random", [task])
     replay = Episodes.open(data_dir or folder / ("replay" if steps else "random"), [task])
     if replay.arrays(task)["term"].any():
-        raise SystemExit(f"episodes of {task} end early (termination): ed2.py is for tasks that do not")
-    if replay.counts()[task] < 4:
-        raise SystemExit(f"replay of {task} has {replay.counts()[task]} episodes: expected at least "
-                         "4, of which every tenth is held out; more --data-steps")
+        raise SystemExit(f"episodes of {task} end early (termination): ed2.py cannot use them")
+    if (n := replay.counts()[task]) < 4:
+        raise SystemExit(f"replay of {task} has {n} episodes: expected at least 4, of which every "
+                         "tenth is held out; more --data-steps")
     return random, replay, json.loads(done.read_text())
 
 
-def store(episodes, task, played):
-    """Append what `Workers.rollout` returned."""
+def play(pool, task, seeds, policy, episodes):
+    """Roll a policy out once per seed and store it."""
+    played = pool.rollout([(task, seed) for seed in seeds], policy)
     episodes.append(task, *([e[x] for e in played] for x in ("obs", "act", "rew", "term")))
+    return played
 
 
 def search(task, pool, random, episodes, steps, directions=8, nu=0.2, alpha=1.0, noise=0.3):
-    """Augmented random search (Mania et al. 2018) over linear policies, with action noise.
+    """Store an evolving linear policy's episodes, from useless to better: (mean, best) by round.
 
-    Stores every episode, from useless to better; returns the (mean, best) return of each round.
+    Augmented random search (Mania et al. 2018) over normalised states, with action noise.
     """
     O, A, T = task_facts(task)[:3]
     rng = np.random.default_rng(1)
@@ -820,10 +787,8 @@ def search(task, pool, random, episodes, steps, directions=8, nu=0.2, alpha=1.0,
             linear = np.einsum("nao,no->na", both[job], (obs - mean) / std)
             return np.clip(linear + eps[job, t], -1, 1)
 
-        jobs = [(task, 1000 * (r + 1) + i % directions) for i in range(2 * directions)]
-        played = pool.rollout(jobs, act)
-        store(episodes, task, played)
-        ret = np.array([e["ret"] for e in played])
+        seeds = 2 * list(range(1000 * (r + 1), 1000 * (r + 1) + directions))
+        ret = np.array([e["ret"] for e in play(pool, task, seeds, act, episodes)])
         plus, minus = ret[:directions], ret[directions:]
         top = np.argsort(-np.maximum(plus, minus))[:directions // 2]
         spread = np.concatenate([plus[top], minus[top]]).std() + 1e-6
@@ -842,18 +807,14 @@ def transitions(episodes, task, n=20_000, seed=0):
     return maps["obs"][e, t], maps["act"][e, t], maps["obs"][e, t + 1] - maps["obs"][e, t]
 
 
-def find_partition(name, task, random, seed=0, eta=0.0):
-    """(groups, log of merges) for --partition; what is computed reads the random data."""
-    A, robot = task_facts(task).act_dim, task.split("-")[0]
-    if name == "none" or A == 1:
-        return [list(range(A))], []
-    if name == "full":
-        return [[j] for j in range(A)], []
-    if name in KNOWN:
-        return KNOWN[name][robot], []
-    _, act, delta = transitions(random, task)
-    groups, log = agglomerate(cosine(pearson_features(act, delta)), eta)
-    return (random_partition(groups, seed), []) if name == "random" else (groups, log)
+def find_partition(name, task, random, eta=0.0):
+    """(groups, log of merges) for --partition; sd2 reads the random data."""
+    A = task_facts(task).act_dim
+    if name == "sd2" and A > 1:
+        _, act, delta = transitions(random, task)
+        return agglomerate(cosine(pearson_features(act, delta)), eta)
+    known = {"none": [list(range(A))], "full": [[j] for j in range(A)]}
+    return known.get(name if A > 1 else "none") or PUBLISHED[task.split("-")[0]], []
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -874,35 +835,20 @@ def nmse(pred, true, spread):
     return float((error[live] / spread[live]).mean())
 
 
-def naive(first, act, x, x_act):
-    """Open-loop predictions (H, B, n) of a linear model of changes, fitted on x (T+1, N, n).
-
-    first (B, n), act (H, B, A), x_act (T, N, A).
-    """
-    inputs = torch.cat([x[:-1], x_act], -1).flatten(0, 1)
-    weights = ridge(inputs.cpu(), (x[1:] - x[:-1]).flatten(0, 1).cpu())
-    now, out = first.cpu().double().numpy(), []
-    for a in act.cpu().double().numpy():
-        now = now + np.c_[now, a, np.ones(len(a))] @ weights
-        out.append(now)
-    return np.stack(out)
-
-
 @torch.no_grad()
 def measure_latents(encoder, dynamics, sampler, batch=2048):
     """Held-out open-loop errors of latents after h steps; sampler: slices of 10 steps.
 
-    logged: what training logs; per_step_mse: mean over the 3 training steps; fast_mse_1: on the
-    tenth of steps with the largest state change (mostly contacts); latent_nmse_h: over the latents'
-    variance; state_nmse_h: read out by a ridge probe; persistence and linear: naive predictions.
+    logged: as in training; per_step_mse: mean of 3 steps; fast_mse_1: on the tenth of steps with the
+    largest state change (mostly contacts); latent_nmse_h: over the latents' variance; state_nmse_h:
+    read out by a ridge probe; persistence: nothing changes.
     """
     generator = torch.Generator(next(encoder.parameters()).device).manual_seed(0)
-    seen, seen_act, *_ = sampler.sequences(batch, generator)
-    seen_z = encoder(seen)
-    probe = ridge(seen_z.flatten(0, 1).cpu(), seen.flatten(0, 1).cpu())
+    obs = sampler.sequences(batch, generator)[0]
+    probe = ridge(encoder(obs).flatten(0, 1).cpu(), obs.flatten(0, 1).cpu())
     obs, act, *_ = sampler.sequences(batch, generator, held_out=True)
     z, states = encoder(obs), obs.cpu().double().numpy()
-    pred, linear = unroll(dynamics, z[0], act), naive(z[0], act, seen_z, seen_act)
+    pred = unroll(dynamics, z[0], act)
     error = (pred - z[1:]).square().mean(2)  # (H, B)
     rho = 0.5 ** torch.arange(3, device=z.device)
     spread = states.reshape(-1, states.shape[-1]).var(0)
@@ -913,26 +859,22 @@ def measure_latents(encoder, dynamics, sampler, batch=2048):
     for h in HORIZONS["tdmpc2"]:
         square = (pred[h - 1] - z[h]).square().mean(0).sum()
         decoded = np.c_[pred[h - 1].cpu(), np.ones(batch)] @ probe
-        true = z[h].cpu().double().numpy()
         out |= {f"mse_{h}": error[h - 1].mean(), f"latent_nmse_{h}": square / z[0].var(0).sum(),
                 f"state_nmse_{h}": nmse(decoded, states[h], spread),
-                f"persistence_mse_{h}": (z[0] - z[h]).square().mean(),
-                f"linear_mse_{h}": ((linear[h - 1] - true) ** 2).mean()}
+                f"persistence_mse_{h}": (z[0] - z[h]).square().mean()}
     return {k: float(x) for k, x in out.items()}
 
 
 @torch.no_grad()
-def open_loop(model, obs, act, gumbel, context):
+def open_loop(model, obs, act, gumbel, context=CONTEXT):
     """Predict obs[context:] (T+1-context, B, O) from obs[:context] and all actions act (T, B, A).
 
     gumbel (T+1, B, S, C): posterior states for the context, then samples of the prior.
     """
-    rssm = model.rssm
-    embed = model.encoder(symlog(obs[:context]))
-    h, z, _ = rssm.observe(embed, act[:context - 1], gumbel[:context])
-    h, z, weights, feats = h[-1], z[-1], rssm.core_weights(), []
-    act_in = rssm.act_input(weights, act[context - 1:])
-    for a, g in zip(act_in.unbind(0), gumbel[context:].unbind(0)):
+    rssm, feats = model.rssm, []
+    embed, weights = model.encoder(symlog(obs[:context])), rssm.core_weights()
+    h, z = (x[-1] for x in rssm.observe(embed, act[:context - 1], gumbel[:context])[:2])
+    for a, g in zip(rssm.act_input(weights, act[context - 1:]), gumbel[context:]):
         h = rssm.step(weights, h, z, a)
         z = sample_latent(rssm.prior(h), g)
         feats.append(torch.cat([h, z], -1))
@@ -941,11 +883,10 @@ def open_loop(model, obs, act, gumbel, context):
 
 @torch.no_grad()
 def measure_rssm(model, sampler, longer, batch=128, draws=8):
-    """Held-out dyn (clipped), dyn_raw, post_entropy, rec, and errors of decoded states after h steps.
+    """Held-out losses, on slices as in training, and errors of decoded states h steps ahead.
 
-    sampler: slices as in training; longer: of 60 steps. nmse_h: squared error / variance, mean over
-    dimensions, of the mean of `draws` sampled roll-outs after 16 observations; persistence and
-    linear: naive predictions.
+    longer: slices of 60 steps. nmse_h: squared error / variance, mean over dimensions, of the mean
+    of `draws` sampled roll-outs after 16 observations; persistence: nothing changes.
     """
     generator = torch.Generator(sampler.device).manual_seed(0)
     latent = model.rssm.stoch, model.rssm.classes
@@ -953,28 +894,33 @@ def measure_rssm(model, sampler, longer, batch=128, draws=8):
     gumbel = draw_gumbel((len(obs), 4 * batch, *latent), generator)
     metrics = rssm_loss(model, obs, act, rew, gumbel, 8)[1]
     out = {k: float(metrics[k]) for k in ("dyn", "dyn_raw", "post_entropy", "rec")}
-    seen, seen_act, *_ = longer.sequences(batch, generator)
+    longer.sequences(batch, generator)
     obs, act, *_ = longer.sequences(batch, generator, held_out=True)
-    pred = [open_loop(model, obs, act, draw_gumbel((len(obs), batch, *latent), generator), CONTEXT)
+    pred = [open_loop(model, obs, act, draw_gumbel((len(obs), batch, *latent), generator))
             for _ in range(draws)]
     pred, true = (x.cpu().double().numpy() for x in (torch.stack(pred).mean(0), obs))
-    linear = naive(obs[CONTEXT - 1], act[CONTEXT - 1:], seen, seen_act)
     now, spread = true[CONTEXT - 1], true.reshape(-1, true.shape[-1]).var(0)
     for h in HORIZONS["dreamerv3"]:
         then = true[CONTEXT - 1 + h]
-        out |= {f"nmse_{h}": nmse(pred[h - 1], then, spread),
-                f"persistence_nmse_{h}": nmse(now, then, spread),
-                f"linear_nmse_{h}": nmse(linear[h - 1], then, spread)}
+        out[f"nmse_{h}"] = nmse(pred[h - 1], then, spread)
+        out[f"persistence_nmse_{h}"] = nmse(now, then, spread)
     return out
 
 
-# ------------------------------------------------------------------- one training is one cell
+# ------------------------------------------------------------------------ one training is one cell
 PRIMARY = {"tdmpc2": "per_step_mse", "dreamerv3": "nmse_15"}  # what a verdict is about
 
 
-def run_cell(name, cell, folder):
+def build(args, O, A, groups, width):
+    """What predicts with these groups: TD-MPC2's dynamics, or DreamerV3's whole world model."""
+    if args.wm == "dreamerv3":
+        return DreamerV3(O, A, **DREAMER_SIZES[args.model_size], groups=groups, width=width)
+    return Dynamics(TDMPC2_SIZES[args.model_size][0], A, width, groups, args.agg)
+
+
+def run_cell(name, cell, folder, build=build):
     """Train and test one model: cell = {wm, task, regime, variant, seed, groups, width, args}."""
-    args, folder = Args(**cell["args"]), Path(folder)
+    args, folder, encoder = Args(**cell["args"]), Path(folder), None
     task, seed, groups, width = (cell[k] for k in ("task", "seed", "groups", "width"))
     if args.device == "cpu":
         torch.set_num_threads(1)
@@ -985,16 +931,13 @@ def run_cell(name, cell, folder):
                      for steps in (args.length, tested))
     run = Run("ed2", args, inside=folder / "trainings" / quote(name, safe=""))
     torch.manual_seed(seed)
-    encoder, fixed = None, folder / "encoders" / f"{task}-s{seed}.pt"
-    if args.wm == "dreamerv3":
-        model = DreamerV3(O, A, **DREAMER_SIZES[args.model_size], groups=groups, width=width)
-    else:
-        latent, hidden = TDMPC2_SIZES[args.model_size]
-        model = Dynamics(latent, A, width, groups, args.agg)
+    model = build(args, O, A, groups, width)
     if cell["regime"] == "joint":
         torch.manual_seed(seed)
-        model = TDMPC2(O, A, latent, hidden, model)
+        model = TDMPC2(O, A, *TDMPC2_SIZES[args.model_size], model)
+    fixed = folder / "encoders" / f"{task}-s{seed}.pt"  # in its latents all variants are compared
     if cell["regime"] == "frozen":
+        latent = TDMPC2_SIZES[args.model_size][0]
         encoder = tdmpc2_encoder(O, latent).to(args.device).requires_grad_(False)
         encoder.load_state_dict(torch.load(fixed, args.device, weights_only=True))
     loss = train(run, model.to(args.device), short, args, seed, encoder)
@@ -1004,206 +947,159 @@ def run_cell(name, cell, folder):
         parts = (encoder, model) if encoder else (model.encoder, model.dynamics)
         numbers = measure_latents(*parts, longer)
     if (cell["regime"], cell["variant"]) == ("joint", "single"):
-        fixed.parent.mkdir(exist_ok=True)  # in its latents all variants of this seed are compared
+        fixed.parent.mkdir(exist_ok=True)
         data.save_torch(fixed, model.encoder.state_dict())
     run.close()
     (run.dir / "checkpoint.pt").unlink()  # the numbers remain
     size = counter(args.wm, args.model_size, args.agg)[0](groups, width)
-    told = {k: v for k, v in cell.items() if k != "args"}
-    return told | dict(dynamics_params=size, train_loss=loss, updates=args.updates) | numbers
+    told = {k: v for k, v in cell.items() if k != "args"} | dict(updates=args.updates)
+    return told | dict(dynamics_params=size, train_loss=loss) | numbers
 
 
-def train_cells(cells, args, folder):
+def train_cells(cells, args, folder, work=run_cell):
     """Results of all cells, in their order; those that fix an encoder run before the others."""
-    def name(cell):
-        return "-".join(str(cell[k]) for k in ("wm", "task", "regime", "variant", "seed"))
-
-    def tell(result):
-        return f"{PRIMARY[args.wm]} {result[PRIMARY[args.wm]]:.3g}"
-
+    parts, metric = ("wm", "task", "regime", "variant", "seed"), PRIMARY[args.wm]
+    named = {"-".join(str(c[k]) for k in parts): dict(c, args=asdict(args)) for c in cells}
+    first = {n: c for n, c in named.items() if (c["regime"], c["variant"]) == ("joint", "single")}
     done, side = {}, args.workers if args.device == "cpu" else 1
-    for first in (True, False):
-        wave = {name(c): dict(c, args=asdict(args)) for c in cells
-                if ((c["regime"], c["variant"]) == ("joint", "single")) == first}
+    for wave in (first, {n: c for n, c in named.items() if n not in first}):
         if wave:
-            done |= data.run_cells(run_cell, wave, folder, side, tell)
-    return [done[name(c)] for c in cells]
+            done |= data.run_cells(work, wave, folder, side,
+                                   lambda result: f"{metric} {result[metric]:.3g}")
+    return [done[n] for n in named]
 
 
-# ------------------------------------------------------------------------------------- comparing
+# -------------------------------------------------------------------------------------- comparing
 def relative_change(new, old):
     """Paired by seed: mean of (new - old) / old, its 95 % t interval, p value; nan for one seed."""
     r = (np.asarray(new, float) - old) / np.asarray(old, float)
+    mean = float(r.mean())
     if len(r) < 2:
-        return float(r.mean()), math.nan, math.nan, math.nan
-    from scipy import stats
+        return mean, math.nan, math.nan, math.nan
     if r.std() == 0:
-        return float(r.mean()), float(r.mean()), float(r.mean()), float(r.mean() == 0)
-    low, high = stats.t.interval(0.95, len(r) - 1, r.mean(), stats.sem(r))
-    return float(r.mean()), float(low), float(high), float(stats.ttest_1samp(r, 0).pvalue)
+        return mean, mean, mean, float(mean == 0)
+    from scipy import stats
+    low, high = stats.t.interval(0.95, len(r) - 1, mean, stats.sem(r))
+    return mean, float(low), float(high), float(stats.ttest_1samp(r, 0).pvalue)
 
 
 def verdict(mean, low, high, better_than_controls=True):
-    """win: interval below zero and no control as good; loss: above zero; tie: else, or under 5 %."""
+    """win: interval below 0 and no control as good; loss: above 0; tie: neither, or under 5 %."""
     if not (high < 0 or low > 0) or abs(mean) < 0.05:  # also with one seed, whose interval is nan
         return "tie"
     return "loss" if mean > 0 else "win" if better_than_controls else "tie"
 
 
 def plan(args, groups):
-    """{variant: (groups, width)} that are compared: one model, and ED2 if there is more than one."""
+    """({variant: (groups, width)} to compare, the cells that train them for every seed)."""
     count, full = counter(args.wm, args.model_size, args.agg)
     single = [sorted(j for G in groups for j in G)]
-    if len(groups) == 1:
-        return {"single": (single, full)}
-    if args.match == "none":
-        return {"single": (single, full), "ed2_wide": (groups, full)}
-    width = match_width(lambda w: count(groups, w), count(single, full))
-    return {"single": (single, full), "ed2": (groups, width)}
+    models, regime = {"single": (single, full)}, "frozen" if args.wm == "tdmpc2" else "replay"
+    if len(groups) > 1 and args.match == "none":
+        models["ed2_wide"] = groups, full
+    elif len(groups) > 1:
+        models["ed2"] = groups, match_width(lambda w: count(groups, w), count(single, full))
+    kinds = [("joint", "single")] if args.wm == "tdmpc2" else []
+    cells = [dict(wm=args.wm, task=args.task, regime=r, variant=v, seed=args.seed + n,
+                  groups=models[v][0], width=models[v][1])
+             for n in range(args.seeds) for r, v in kinds + [(regime, v) for v in models]]
+    return models, cells
 
 
 def paired_rows(results):
     """One row per metric from {variant: cells of equal seeds}: means, relative change, interval."""
-    told = ("wm", "task", "regime", "variant", "seed", "groups", "updates", "cell", "seconds")
-    names, rows = list(results), []
-    for metric in (k for k in results["single"][0] if k not in told):
-        values = {v: [c[metric] for c in cells] for v, cells in results.items()}
-        row = {"metric": metric} | {v: float(np.mean(x)) for v, x in values.items()}
-        if len(names) > 1:
-            change = relative_change(values[names[1]], values["single"])
-            row |= dict(zip(("change", "low", "high"), change))
-        rows.append(row)
+    first, rows = results["single"][0], []
+    for metric in list(first)[list(first).index("dynamics_params"):]:
+        if metric not in ("cell", "seconds"):
+            values = {v: [c[metric] for c in cells] for v, cells in results.items()}
+            rows.append({"metric": metric} | {v: float(np.mean(x)) for v, x in values.items()})
+        if len(results) > 1:
+            single, ed2 = values.values()
+            rows[-1] |= zip(("change", "low", "high"), relative_change(ed2, single))
     return rows
-
-
-def show(rows, seeds):
-    """Print the rows of `paired_rows`, without naive predictions."""
-    names = [k for k in rows[0] if k in ("single", "ed2", "ed2_wide")]
-    both = len(names) > 1
-    print(f"{'':<18}" + "".join(f"{v:>12}" for v in names)
-          + ("   change   95 % interval" if both else ""))
-    for row in rows:
-        text = f"{row['metric']:<18}" + "".join(f"{row[v]:>12.4g}" for v in names)
-        if both:
-            text += f"{row['change']:>+9.1%}   "
-            text += f"[{row['low']:+.1%}, {row['high']:+.1%}]" if seeds > 1 else "1 seed"
-        if not row["metric"].startswith(("persistence", "linear")):
-            print(text)
-
-
-def plot_horizons(results, wm, path):
-    """Error against open-loop horizon: means and seeds of each model; naive predictions dashed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    stem, steps = "nmse" if wm == "dreamerv3" else "mse", HORIZONS[wm]
-    fig, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    for name, cells in results.items():
-        y = np.array([[c[f"{stem}_{h}"] for h in steps] for c in cells])
-        ax.plot(steps, y.mean(0), label=name)
-        ax.plot(np.tile(steps, len(y)), y.ravel(), "o", ms=3, color=ax.lines[-1].get_color())
-    for name in ("persistence", "linear"):
-        y = [results["single"][0][f"{name}_{stem}_{h}"] for h in steps]
-        ax.plot(steps, y, "--", lw=1, color="gray" if name == "linear" else "silver", label=name)
-    label = "state error / variance" if stem == "nmse" else "latent mean squared error"
-    ax.set(xlabel="open-loop steps", ylabel=label, yscale="log")
-    ax.legend(fontsize=8)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
 
 
 def compare(args, run, groups=None):
     """One model and ED2 on one task with paired seeds; groups: instead of those of --partition."""
-    task, log = args.task, []
-    made = run.dir / "data" / task
-    random, _, notes = make_data(task, made, args.data_steps, args.workers, args.data_dir)
-    means = [mean for mean, _ in notes.get("returns", [])]
-    print(f"data: random actions return {notes['random_return']:.1f}; " + (
-        f"{len(means)} rounds of search, mean return {means[0]:.1f} to {means[-1]:.1f}" if means
-        else f"replay from {args.data_dir}"), flush=True)
+    made, log = run.dir / "data" / args.task, []
+    random, _, notes = make_data(args.task, made, args.data_steps, args.workers, args.data_dir)
+    print("returns of random actions, of rounds of search (mean, best):", notes, flush=True)
     if groups is None:
-        groups, log = find_partition(args.partition, task, random, eta=args.eta)
-    print(f"partition: {groups}; published: {PUBLISHED.get(task.split('-')[0], 'none')}")
+        groups, log = find_partition(args.partition, args.task, random, args.eta)
+    print(f"groups {groups}; published: {PUBLISHED.get(args.task.split('-')[0], 'none')}")
     for merge in log:
         pair = " + ".join(map(str, merge["merge"]))
         print(f"  {'merge' if merge['done'] else 'leave'} {pair}: {merge['score']:+.4f}")
-    models = plan(args, groups)
+    models, cells = plan(args, groups)
     if len(models) == 1:
         print("all actions are in one group: ED2 is the single model, which runs alone")
-    regime = "frozen" if args.wm == "tdmpc2" else "replay"
-    kinds = [("joint", "single")] if args.wm == "tdmpc2" else []
-    kinds += [(regime, variant) for variant in models]
-    cells = [dict(wm=args.wm, task=task, regime=r, variant=v, seed=seed, groups=models[v][0],
-                  width=models[v][1])
-             for r, v in kinds for seed in range(args.seed, args.seed + args.seeds)]
     done = train_cells(cells, args, run.dir)
-    results = {v: [c for c in done if (c["regime"], c["variant"]) == (regime, v)] for v in models}
-    rows = paired_rows(results)
-    print(f"\n{task}, {args.wm}, {regime}, {args.seeds} seed{'s' * (args.seeds > 1)}, held-out data")
-    show(rows, args.seeds)
+    paired = [c for c in done if c["regime"] != "joint"]
+    rows = paired_rows({v: [c for c in paired if c["variant"] == v] for v in models})
+    print(f"\n{args.task}, {args.wm}, held-out data: {', '.join(models)}, change, 95 % interval")
+    for row in rows:
+        changes = [f"{x:+.1%}" for k, x in row.items() if k in ("change", "low", "high")]
+        print(f"{row['metric']:<22}", *(f"{row[v]:>12.4g}" for v in models), *changes)
     result = dict(partition=groups, merges=log, data=notes, table=rows, cells=done)
     if len(models) > 1:
         row = next(r for r in rows if r["metric"] == PRIMARY[args.wm])
-        known = args.seeds > 1
-        result["verdict"] = verdict(row["change"], row["low"], row["high"]) if known else "1 seed"
-        print(f"verdict on {PRIMARY[args.wm]} against the single model: {result['verdict']} "
+        says = verdict(row["change"], row["low"], row["high"]) if args.seeds > 1 else "none, 1 seed"
+        print(f"verdict on {PRIMARY[args.wm]} against the single model: {says} "
               "(a win needs the controls of studies.ed2_tables)")
+        result["verdict"] = says
     data.write_csv(run.dir / "results.csv", rows)
-    plot_horizons(results, args.wm, run.dir / "horizon.png")
     return result
 
 
-# ------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------- main
 # what flags that were left out become: on a CPU, on a GPU, with --fast
 BUDGETS = {
-    "tdmpc2": (dict(updates=2000, batch=64, length=3, lr=1e-3, model_size="1M"),
-               dict(updates=20_000, batch=256, length=3, lr=3e-4, model_size="5M"),
-               dict(updates=40, batch=32, length=3, lr=1e-3, model_size="1M")),
-    "dreamerv3": (dict(updates=600, batch=16, length=32, lr=2e-3, model_size="1m"),
-                  dict(updates=20_000, batch=16, length=64, lr=3e-4, model_size="12m"),
-                  dict(updates=8, batch=8, length=16, lr=2e-3, model_size="1m"))}
-DATA_STEPS = 96_000, 400_000, 4_000
-ACTS = "python -m studies.ed2_online"
+    "tdmpc2": (
+        dict(updates=2000, batch=64, length=3, lr=1e-3, model_size="1M", data_steps=96_000),
+        dict(updates=20_000, batch=256, length=3, lr=3e-4, model_size="5M", data_steps=400_000),
+        dict(updates=40, batch=32, length=3, lr=1e-3, model_size="1M", data_steps=4000)),
+    "dreamerv3": (
+        dict(updates=600, batch=16, length=32, lr=2e-3, model_size="1m", data_steps=96_000),
+        dict(updates=20_000, batch=16, length=64, lr=3e-4, model_size="12m", data_steps=400_000),
+        dict(updates=8, batch=8, length=16, lr=2e-3, model_size="1m", data_steps=4000))}
 MOVED = {
     "--tables": "python -m studies.ed2_tables", "--encoder": "python -m studies.ed2_tables",
     "--discovery": "python -m studies.ed2_discovery", "--bodies": "python -m studies.ed2_bodies",
-    "--cost": "python -m studies.ed2_cost", "--mode online": ACTS, "--checkpoint": ACTS,
-    "--eval-only": ACTS, "--capture-video": ACTS, "--train-ratio": ACTS,
-    "--mode offline": "python ed2.py", "--size": "--model-size",
-    "--partition sd2j": "python -m studies.ed2_partitions --partition sd2j",
-    "--partition learned": "python -m studies.ed2_partitions --partition learned",
-    "--agg pre": "python -m studies.ed2_cores --core pre", "--agg mean": "python ed2.py",
-    "--agg blocks": "python -m studies.ed2_cores --core blocks"}
-
-
-def fill(args):
-    """The args with device and budget filled in."""
-    cuda = data.choose_device(args.device)[0].type == "cuda"
-    column = 2 if args.fast else int(cuda)
-    budget = BUDGETS[args.wm][column] | dict(data_steps=DATA_STEPS[column])
-    left_out = {k: v for k, v in budget.items() if getattr(args, k) is None}
-    return replace(args, device="cuda" if cuda else "cpu", **left_out)
+    "--cost": "python -m studies.ed2_cost", "--mode offline": "python ed2.py",
+    "--agg mean": "python ed2.py --wm dreamerv3", "--size": "--model-size"}
+MOVED |= {f"--partition {x}": f"python -m studies.ed2_partitions --partition {x}"
+          for x in ("sd2j", "learned", "human", "random")}
+MOVED |= {f"--agg {x}": f"python -m studies.ed2_cores --core {x}" for x in ("pre", "blocks")}
+MOVED |= {x: "python -m studies.ed2_online" for x in (
+    "--mode online", "--checkpoint", "--eval-only", "--capture-video", "--train-ratio")}
 
 
 def check(args):
     """SystemExit: a flag out of its range, one that nobody reads, or two that do not fit."""
     task_facts(args.task)  # an unknown task ends here
-    robot, known = args.task.split("-")[0], KNOWN.get(args.partition)
-    if known and robot not in known:
-        raise SystemExit(f"--partition {args.partition}: there is none of {robot!r}, only of "
-                         f"{', '.join(known)}; type --partition sd2")
-    if args.wm == "dreamerv3":
-        data.refuse(args, "agg", "only TD-MPC2 reads it; DreamerV3 averages recurrent states")
-    if args.partition not in ("sd2", "random"):
-        data.refuse(args, "eta", f"--partition {args.partition} does not read it")
-    sizes = TDMPC2_SIZES if args.wm == "tdmpc2" else DREAMER_SIZES
+    robot, sizes = args.task.split("-")[0], TDMPC2_SIZES if args.wm == "tdmpc2" else DREAMER_SIZES
+    if args.partition == "published" and robot not in PUBLISHED:
+        raise SystemExit(f"no published partition of {robot!r}: there is one for "
+                         f"{', '.join(PUBLISHED)}; type --partition sd2")
     if args.model_size not in (None, *sizes):
         raise SystemExit(f"--model-size {args.model_size} with --wm {args.wm}: expected one of "
                          f"{', '.join(sizes)}")
+    if args.wm == "dreamerv3":
+        data.refuse(args, "agg", "only TD-MPC2 reads it; DreamerV3 averages recurrent states")
+    if args.partition != "sd2":
+        data.refuse(args, "eta", f"--partition {args.partition} does not read it")
     least = 1 if args.wm == "tdmpc2" else 9  # DreamerV3's first 8 steps are not measured
     names = ("seeds", "workers", "updates", "batch", "data_steps")
     data.check_ranges(args, {k: (1, None) for k in names} | dict(
         seed=(0, None), length=(least, None), lr=(0, 1), eta=(-1, 1), save_every=(0, None)))
+
+
+def fill(args):
+    """The args with the flags that were left out."""
+    device = data.choose_device(args.device)[0].type
+    budget = BUDGETS[args.wm][2 if args.fast else int(device == "cuda")]
+    left_out = {k: v for k, v in budget.items() if getattr(args, k) is None}
+    return replace(args, device=device, **left_out)
 
 
 def main(args: Args):
@@ -1212,11 +1108,8 @@ def main(args: Args):
     check(args)
     args = fill(args)
     run = Run("ed2", args)
-    print(f"ED2: {args.task}, {args.wm}, seeds {args.seed} to {args.seed + args.seeds - 1}, "
-          f"{args.device}, {args.workers} workers, {'compiled' if args.compile else 'eager'}, "
-          f"run folder {run.dir}\nbudget: size {args.model_size}, {args.updates} updates of "
-          f"{args.batch} x {args.length} steps, learning rate {args.lr}, {args.data_steps:,} "
-          "agent steps of own replay", flush=True)
+    print(f"ED2 on {args.task} in {run.dir}:",
+          *(f"{k} {v}," for k, v in asdict(args).items() if v is not None), flush=True)
     try:
         return run.finish(compare(args, run))
     except KeyboardInterrupt:
