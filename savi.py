@@ -9,29 +9,25 @@ that learn nothing: where things have colours or stand in the middle, those alre
     python savi.py          # 500 clips of moving objects, 6 slots, under 10 minutes: FG-ARI 0.60
     python savi.py --fast   # the whole pipeline in a minute
 
-Copy me together with envs.py and data.py.  Scenes with bodies and actions are in studies/scenes.py
-(--task studies.scenes:Humanoid --slots 7); `python -m studies.savi_arms` asks whether actions
-explain slots, `python -m studies.savi_slots` how many slots a body takes.
+Copy me together with envs.py and data.py.  Bodies and actions: --task studies.scenes:Humanoid;
+`python -m studies.savi_arms` asks whether actions explain slots.
 
-Shapes: B clips, T frames, K slots, D slot size, N tokens, m actions, H W pixels; time first: video
-(T,B,3,H,W), act (T,B,m), slots (T,B,K,D).  act[t] was active until frame t; scenes without actions
-have m = 0.
+Shapes: B clips, T frames, K slots, D slot size, N tokens, m actions (or 0), H W pixels; time first:
+video (T,B,3,H,W), act (T,B,m), slots (T,B,K,D).  act[t] was active until frame t.
 
 Deviations from the paper:
  1. Data: scenes of MuJoCo instead of MOVi, which is a download.
  2. The loss is a mean over pixels, SAVi's a sum; its gradient clip of 0.05 then acts in the first
     updates only.
  3. The predictor is a residual MLP per slot (the authors' choice for robots); --predictor
-    transformer is the one of Eq. (4).
+    transformer is the paper's, Eq. (4).
  4. Two iterations of slot attention on the first frame, one on later ones, with the residual MLP
     of the original module (Locatello et al. 2020, Algorithm 1).
  5. The preset cpu has 32 pixels, 64 numbers per slot, 8 frames and, instead of transposed
     convolutions, an MLP per cell of 2x2 pixels with sines of the position.
  6. Frames are centred and scaled before the encoder.
- 7. Linear and convolutional layers start as in the authors' JAX code; StoSAVi's variance starts at
-    that of its prior.
- 8. --init com conditions on centres of parts instead of boxes; the slots left for the background
-    come last.
+ 7. Linear and convolutional layers start as in the authors' JAX code.
+ 8. --init com conditions on centres of parts instead of boxes; slots of the background come last.
 """
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -43,15 +39,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (Run, check_ranges, choose_device, make_video, open_video, parse, refuse,
-                  resumed)
+from data import Run, check_ranges, choose_device, make_video, open_video, parse, refuse, resumed
 
 
 @dataclass
 class Args:
     task: str = "objects"
-    """what is filmed: objects, 2 to 5 free bodies; module:Scene, a scene of your own or of
-    studies.scenes (Pushed, Humanoid, Crowd); or a folder with part_*.h5 of data.make_video"""
+    """objects, or module:Scene (studies.scenes:Humanoid), or a folder of data.make_video's"""
     seed: int = 1
     """of weights and batches; the video has its own, fixed seed"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -69,7 +63,7 @@ class Args:
     resume: str | None = None
     """continue the run in this folder; its flags are read from there"""
     checkpoint: str | None = None
-    """start from the weights in this checkpoint.pt, which also holds the flags of video and network"""
+    """start from these weights; their checkpoint.pt has the flags of video and network"""
     eval_only: bool = False
     """with --checkpoint: only measure and draw"""
     capture_video: bool = False
@@ -79,7 +73,7 @@ class Args:
     save_every: float = 60.0
     """seconds between checkpoints"""
     data_dir: str = "runs/video"
-    """where rendered video is kept; HDF5, reused by the same recipe"""
+    """where rendered video is kept for the next run"""
 
     # video
     color: Literal["parts", "default", "random"] = "parts"
@@ -99,8 +93,7 @@ class Args:
     dim: int | None = None
     """D, numbers per slot (SAVi: 128; preset cpu: 64)"""
     init: Literal["learned", "gauss", "com"] = "learned"
-    """first slots: learned; Gaussian with learned mean and spread; from the true centres of parts
-    in frame 0 (SAVi's conditional mode)"""
+    """first slots: learned, drawn, or from the true centres in frame 0 (SAVi's conditional mode)"""
     predictor: Literal["transformer", "mlp"] = "mlp"
     """to the next frame's slots: SAVi's transformer across slots, or an MLP per slot"""
     decoder: Literal["conv", "mlp"] | None = None
@@ -108,9 +101,9 @@ class Args:
     target: Literal["rgb", "flow"] = "rgb"
     """what slots must explain: colours, or the simulator's exact optical flow (SAVi's main one)"""
     iters: tuple[int, int] = (2, 1)
-    """slot attention iterations on the first frame, and on each later one"""
+    """iterations of slot attention on the first frame, and on each later one"""
     pred_weight: float = 0.0
-    """weight of the error of decoded predictions; the corrected slots alone need no prediction"""
+    """weight of the error of decoded predictions; corrected slots alone need none"""
     noise: float = 0.0
     """StoSAVi: sample the predicted slots, with this weight on their KL (1e-4 there); 0: never"""
 
@@ -127,21 +120,23 @@ class Args:
     """largest norm of the gradient"""
 
 
-PRESETS = {"cpu": dict(size=32, dim=64, decoder="mlp", clips=500, clip_frames=12, updates=3000,
-                       frames=8, batch=4, lr=2e-3),
-           "gpu": dict(size=64, dim=128, decoder="conv", clips=1200, clip_frames=24, updates=30_000,
-                       frames=6, batch=32, lr=2e-4),
-           "fast": dict(size=32, dim=16, decoder="mlp", clips=30, clip_frames=6, updates=60,
-                        frames=3, batch=4, lr=2e-3)}
+PRESETS = {
+    "cpu": dict(size=32, dim=64, decoder="mlp", clips=500, clip_frames=12, updates=3000, frames=8,
+                batch=4, lr=2e-3),
+    "gpu": dict(size=64, dim=128, decoder="conv", clips=1200, clip_frames=24, updates=30_000,
+                frames=6, batch=32, lr=2e-4),
+    "fast": dict(size=32, dim=16, decoder="mlp", clips=30, clip_frames=6, updates=60, frames=3,
+                 batch=4, lr=2e-3)}
 VIDEO = ("task", "color", "floor", "clips", "clip_frames", "size")
+TRAINING = ("updates", "frames", "batch", "lr", "clip", "pred_weight", "save_every", "track")
 NETWORK = ("slots", "dim", "init", "predictor", "decoder", "target", "iters", "noise")
 MOVED = {
     "--data objects": "python savi.py --task objects",
     "--data pushed": "python savi.py --task studies.scenes:Pushed --slots 4",
     "--data humanoid": "python savi.py --task studies.scenes:Humanoid --color default --slots 7",
     "--data crowd": "python savi.py --task studies.scenes:Crowd --color random --slots 7",
-    "--data mocapact": "python -m studies.mocapact, then python savi.py --task FOLDER --slots 7",
-    "--mocapact-dir": "python -m studies.mocapact, then python savi.py --task FOLDER --slots 7",
+    "--data mocapact": "python -m studies.mocapact --src DIR, then python savi.py --task FOLDER",
+    "--mocapact-dir": "python -m studies.mocapact --src DIR, then python savi.py --task FOLDER",
     "--cache": "--data-dir, with the same meaning",
     "--seeds": "python -m studies.savi_seeds --seeds 3",
     "--ablation": "python -m studies.savi_arms --task studies.scenes:Pushed",
@@ -159,12 +154,9 @@ MOVED = {
 def labels_of(masks):
     """masks as an array of labels 0, 1, ..; SystemExit: soft masks or negative labels."""
     x = np.asarray(masks)
-    if x.dtype.kind not in "biu":
-        raise SystemExit(f"masks of {x.dtype} numbers: expected label maps of whole numbers; take "
-                         "the argmax of soft masks over the slots")
-    if x.size and x.min() < 0:
-        raise SystemExit(f"masks with label {x.min()}: expected labels from 0 up, 0 for the "
-                         "background")
+    if x.dtype.kind not in "biu" or x.size and x.min() < 0:
+        raise SystemExit(f"masks of {x.dtype} from {x.min()}: expected whole labels from 0 up, 0 "
+                         "for the background; take the argmax of soft masks over the slots")
     return x.astype(np.int64)
 
 
@@ -172,8 +164,7 @@ def contingency(true, pred):
     """counts (n_true, n_pred) of pixels for two label maps of one shape."""
     true, pred = labels_of(true).ravel(), labels_of(pred).ravel()
     if true.shape != pred.shape:
-        raise SystemExit(f"masks of {true.size} and {pred.size} pixels: expected two label maps of "
-                         "one shape")
+        raise SystemExit(f"masks of {true.size} and {pred.size} pixels: expected one shape")
     if not true.size:
         return np.zeros((1, 1))
     rows, width = true.max() + 1, pred.max() + 1
@@ -256,15 +247,20 @@ def psnr(a, b):
 GRIDS = ((1, 7), (7, 1), (2, 3), (3, 2), (3, 3))
 
 
+def grid_mask(rows, cols, shape):
+    """Labels (T,H,W) of the cells of a fixed grid."""
+    y, x = np.mgrid[:shape[1], :shape[2]]
+    return np.broadcast_to(y * rows // shape[1] * cols + x * cols // shape[2], shape)
+
+
 def baseline_masks(true, video, k=5, seed=0):
-    """{name: label map (T,H,W)} of rules that learn nothing; k-means may even look at the true
-    foreground."""
+    """{name: label map (T,H,W)} of rules that learn nothing; k-means sees the true foreground."""
     from scipy.cluster.vq import kmeans2
     T, H, W = true.shape
     rng, (y, x) = np.random.default_rng(seed), np.mgrid[:H, :W]
     out = {"one slot": np.zeros_like(true), "random": rng.integers(0, k, true.shape)}
     for r, c in GRIDS:
-        out[f"grid {r}x{c}"] = np.broadcast_to(y * r // H * c + x * c // W, true.shape)
+        out[f"grid {r}x{c}"] = grid_mask(r, c, true.shape)
     fg = true > 0
     xy = np.stack(np.broadcast_arrays(y / H, x / W), -1)[None].repeat(T, 0)[fg]
     rgb = video[fg] / 255.0
@@ -306,8 +302,8 @@ class SlotAttention(nn.Module):
     def __init__(self, channels, dim, hidden=None):
         super().__init__()
         hidden = hidden or 2 * dim
-        self.norm_tokens, self.norm_slots = nn.LayerNorm(channels), nn.LayerNorm(dim)
-        self.norm_mlp = nn.LayerNorm(dim)
+        self.norm_tokens = nn.LayerNorm(channels)
+        self.norm_slots, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.q = nn.Linear(dim, dim, bias=False)
         self.k = nn.Linear(channels, dim, bias=False)
         self.v = nn.Linear(channels, dim, bias=False)
@@ -388,85 +384,66 @@ class CellDecoder(nn.Module):
         return F.pixel_shuffle(x.mT.reshape(len(slots), -1, self.side, self.side), 2)
 
 
-class SlotPredictor(nn.Module):
-    """Slots (B,K,D) of this frame -> first guess for the next: a residual MLP per slot.  act (B,m)
-    is there for predictors of other files, which read it."""
+class Predictor(nn.Module):
+    """Slots (B,K,D) of this frame -> first guess for the next: SAVi's post-norm transformer block
+    across slots, Eq. (4), or a residual MLP per slot.  act (B,m) is for those of other files."""
 
-    def __init__(self, dim):
+    def __init__(self, kind, dim):
         super().__init__()
-        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 256), nn.ReLU(),
-                                 nn.Linear(256, dim))
+        self.across = kind == "transformer"
+        if self.across:
+            self.net = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True)
+        else:
+            self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 256), nn.ReLU(),
+                                     nn.Linear(256, dim))
 
     def forward(self, slots, act=None):
-        return slots + self.mlp(slots)
+        return self.net(slots) if self.across else slots + self.net(slots)
 
 
-class TransformerPredictor(nn.Module):
-    """The same across slots, SAVi Eq. (4): one post-norm block."""
+class FirstSlots(nn.Module):
+    """First slots (B,K,D).  learned: a vector per slot, the same in every clip; gauss: drawn, with
+    learned mean and spread; com: from a cue (B,K,3), y and x in [0,1] of the centre of each slot's
+    part in frame 0, and 1 if there is one."""
 
-    def __init__(self, dim):
+    def __init__(self, kind, slots, dim):
         super().__init__()
-        self.block = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True)
+        self.kind, self.slots = kind, slots
+        if kind == "com":
+            self.cue = nn.Sequential(nn.Linear(3, 256), nn.ReLU(), nn.Linear(256, dim))
+        else:
+            self.first = nn.Parameter(torch.randn(1 if kind == "gauss" else slots, dim))
+        if kind == "gauss":
+            self.log_std = nn.Parameter(torch.zeros(1, dim))
 
-    def forward(self, slots, act=None):
-        return self.block(slots)
-
-
-class LearnedSlots(nn.Module):
-    """First slots (B,K,D): a learned vector per slot, the same in every clip."""
-
-    def __init__(self, slots, dim):
-        super().__init__()
-        self.first = nn.Parameter(torch.randn(slots, dim))
-
-    def forward(self, act, cue=None, noise=None):
-        return self.first.expand(len(act), -1, -1)
-
-
-class GaussianSlots(nn.Module):
-    """First slots (B,K,D): drawn from one Gaussian with learned mean and spread; noise (B,K,D)."""
-
-    def __init__(self, slots, dim):
-        super().__init__()
-        self.first = nn.Parameter(torch.randn(1, dim))
-        self.log_std = nn.Parameter(torch.zeros(1, dim))
-
-    def forward(self, act, cue, noise):
-        return self.first + self.log_std.exp() * noise
-
-
-class CuedSlots(nn.Module):
-    """First slots (B,K,D) from a cue (B,K,3): y and x in [0,1] of the centre of each slot's part in
-    frame 0, and 1 if there is one."""
-
-    def __init__(self, slots, dim):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(3, 256), nn.ReLU(), nn.Linear(256, dim))
-
-    def forward(self, act, cue, noise=None):
-        return self.mlp(cue)
+    def forward(self, act, cue=None):
+        if self.kind == "com":
+            return self.cue(cue)
+        slots = self.first.expand(len(act), self.slots, -1)
+        if self.kind == "gauss":
+            slots = slots + self.log_std.exp() * torch.randn_like(slots)
+        return slots
 
 
 class NoisySlots(nn.Module):
-    """StoSAVi: predicted slots (B,K,D), noise -> sampled slots, KL to a Gaussian with the same mean
-    and variance 0.01, at which the variance starts."""
+    """StoSAVi: predicted slots (B,K,D) -> sampled slots, KL to a Gaussian with the same mean and
+    variance 0.01, at which the variance starts."""
 
     def __init__(self, dim):
         super().__init__()
         self.spread = nn.Linear(dim, 2 * dim)
 
-    def forward(self, slots, noise):
+    def forward(self, slots):
         mean, change = self.spread(slots).chunk(2, -1)
         log_var = math.log(0.01) + change
         kl = 0.5 * (math.log(0.01) - log_var + log_var.exp() / 0.01 - 1).sum(-1).mean()
-        return mean + (0.5 * log_var).exp() * noise, kl
+        return mean + (0.5 * log_var).exp() * torch.randn_like(mean), kl
 
 
 class SAVi(nn.Module):
-    """video (T,B,3,H,W), act (T,B,m), cue, noise (T+1,B,K,D) -> predicted and corrected slots
-    (T,B,K,D), KL.
+    """video (T,B,3,H,W), act (T,B,m), cue -> predicted and corrected slots (T,B,K,D), KL.
 
-    initial(act, cue, noise) gives the first slots, which count as the first prediction;
+    initial(act, cue) gives the first slots, which count as the first prediction;
     predictor(slots, act) those of the next frame, with the actions that led to it; sampler is None
     or NoisySlots."""
 
@@ -477,15 +454,15 @@ class SAVi(nn.Module):
         self.iters = tuple(iters)
         self.apply(flax_init)
 
-    def forward(self, video, act, cue=None, noise=None):
+    def forward(self, video, act, cue=None):
         tokens = self.encoder(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # (T,B,N,C)
-        slots = self.initial(act[0], cue, None if noise is None else noise[-1])
+        slots = self.initial(act[0], cue)
         before, after, kl = [], [], video.new_zeros(())
         for t in range(len(video)):
             if t:
                 slots = self.predictor(slots, act[t])
             if self.sampler:
-                slots, extra = self.sampler(slots, noise[t])
+                slots, extra = self.sampler(slots)
                 kl = kl + extra / len(video)
             before.append(slots)
             slots, _ = self.attention(slots, tokens[t], self.iters[t > 0])
@@ -507,20 +484,18 @@ def make_model(args):
     torch.manual_seed(args.seed)
     channels, out = 64 if args.size == 128 else 32, (3 if args.target == "rgb" else 2) + 1
     encoder, attention = Encoder(args.size, channels), SlotAttention(channels, args.dim)
-    Predictor = {"mlp": SlotPredictor, "transformer": TransformerPredictor}[args.predictor]
-    predictor = Predictor(args.dim)
-    decoder = {"mlp": CellDecoder, "conv": ConvDecoder}[args.decoder](args.size, args.dim, out)
-    Initial = {"learned": LearnedSlots, "gauss": GaussianSlots, "com": CuedSlots}[args.init]
-    initial = Initial(args.slots, args.dim)
+    predictor = Predictor(args.predictor, args.dim)
+    decoder = (CellDecoder if args.decoder == "mlp" else ConvDecoder)(args.size, args.dim, out)
+    initial = FirstSlots(args.init, args.slots, args.dim)
     sampler = NoisySlots(args.dim) if args.noise else None
     return SAVi(initial, encoder, attention, predictor, decoder, sampler, args.iters)
 
 
 # ------------------------------------------------------------------------------------- loss
-def savi_loss(model, video, target, act, cue, noise, pred_weight, kl_weight):
+def savi_loss(model, video, target, act, cue, pred_weight, kl_weight):
     """Mean squared error of the decoded corrected slots, SAVi Eq. (5), of the predicted ones after
     frame 0, and StoSAVi's KL."""
-    before, after, kl = model(video, act, cue, noise)
+    before, after, kl = model(video, act, cue)
     T = len(video)
     slots = torch.cat([after, before[1:]]) if pred_weight else after
     picture = model.decode(slots)[0]
@@ -549,10 +524,10 @@ def load_video(args):
         make_video(folder, args.task, args.clips, args.clip_frames, args.size, args.color,
                    args.floor, 0, args.workers)
     arrays, meta = open_video(folder)
-    if arrays["video"].shape[2] != args.size or arrays["video"].shape[1] < args.frames:
-        raise SystemExit(f"{folder} has {arrays['video'].shape[1]} frames of "
-                         f"{arrays['video'].shape[2]} pixels, not {args.frames} of {args.size}: "
-                         "type --frames and --size to fit")
+    frames, size = arrays["video"].shape[1:3]
+    if size != args.size or frames < args.frames:
+        raise SystemExit(f"{folder} has {frames} frames of {size} pixels, not {args.frames} of "
+                         f"{args.size}: type --frames and --size to fit")
     return arrays, meta
 
 
@@ -560,8 +535,8 @@ def pick(arrays, split, most=None):
     """Clips (indices) of one split, at most so many, evenly over the list (families alternate)."""
     chosen = np.flatnonzero(arrays["split"] == split)
     if not len(chosen):
-        raise SystemExit(f"no clip in split {split} (0 train, 1 test, 2 validation) of "
-                         f"{len(arrays['split'])}: make more clips, --clips 10 at least")
+        raise SystemExit(f"no clip in split {split} (0 train, 1 test, 2 validation): make more "
+                         "clips, --clips 10 at least")
     some = np.linspace(0, len(chosen) - 1, min(most or len(chosen), len(chosen)))
     return chosen[some.round().astype(int)]
 
@@ -579,19 +554,12 @@ def centres(masks, slots):
     return out
 
 
-def noise_of(args, T, B, generator):
-    """(T+1,B,K,D) for StoSAVi's samples and, last, Gaussian first slots, or None."""
-    if args.init == "gauss" or args.noise:
-        return torch.randn(T + 1, B, args.slots, args.dim, generator=generator)
-    return None
-
-
 class Clips:
-    """Chosen clips on the device.  true: the masks that slots are compared with, bodies in a crowd,
-    else objects or parts; arrays: everything about these clips, in numpy."""
+    """Chosen clips on the device.  arrays: all about them, in numpy; true: the masks that slots are
+    compared with, bodies in a crowd, else objects or parts."""
 
     def __init__(self, arrays, chosen, args, device):
-        self.args, self.device = args, device
+        self.device = device
         self.arrays = {k: v[chosen] for k, v in arrays.items()}
         self.true = self.arrays.get("inst", self.arrays["seg"])
         self.video = torch.as_tensor(self.arrays["video"]).to(device)
@@ -617,28 +585,24 @@ class Clips:
         cue = None if self.cue is None else self.cue[clip, start]
         return video, target, self.act[clip[None], t], cue
 
-    def sample(self, batch, T, generator):
-        """window() of random sequences, and noise (T+1,B,K,D) or None."""
+    def sample(self, batch, T):
+        """window() of random sequences, by torch's global generator."""
         N, L = self.video.shape[:2]
-        clip = torch.randint(N, (batch,), generator=generator).to(self.device)
-        start = torch.randint(L - T + 1, (batch,), generator=generator).to(self.device)
-        noise = noise_of(self.args, T, batch, generator)
-        return *self.window(clip, start, T), None if noise is None else noise.to(self.device)
+        clip, start = torch.randint(N, (batch,)), torch.randint(L - T + 1, (batch,))
+        return self.window(clip.to(self.device), start.to(self.device), T)
 
 
 # --------------------------------------------------------------------------------- training
 def train(model, clips, val, run, args):
-    """Adam on savi_loss of random sequences of `clips`; run.history gets the curve on `val`.
-
-    Batches depend on the seed and the number of the update alone, so a resumed run sees the same."""
+    """Adam on savi_loss of random sequences of `clips`; run.history gets the curve on `val`."""
     opt = torch.optim.Adam(model.parameters(), args.lr)
     loss_of = torch.compile(savi_loss, dynamic=False) if args.compile else savi_loss
     run.keeps(facts=dict(args=asdict(args)), model=model, opt=opt)
     run.expects(update=args.updates)
 
     for step in run.steps("update", args.updates):
-        generator = torch.Generator().manual_seed(1_000_003 * args.seed + step)
-        batch = clips.sample(args.batch, args.frames, generator)
+        torch.manual_seed(1_000_003 * args.seed + step)  # batch and noise: the same when resumed
+        batch = clips.sample(args.batch, args.frames)
 
         loss, terms = loss_of(model, *batch, args.pred_weight, args.noise)
 
@@ -666,10 +630,10 @@ def see(model, clips, chosen):
     """What the model makes of whole clips (indices), numpy arrays, clips first: alpha (B,T,K,H,W),
     picture, target and predicted (B,T-1,..) (B,T,C,H,W), each (B,T,K,C,H,W)."""
     chosen = torch.as_tensor(chosen, device=clips.device)
-    T, B = clips.video.shape[1], len(chosen)
-    video, target, act, cue = clips.window(chosen, torch.zeros_like(chosen), T)
-    noise = noise_of(clips.args, T, B, torch.Generator().manual_seed(0))
-    before, after, _ = model(video, act, cue, None if noise is None else noise.to(clips.device))
+    start, T = torch.zeros_like(chosen), clips.video.shape[1]
+    video, target, act, cue = clips.window(chosen, start, T)
+    torch.manual_seed(0)  # of noise, if the network has any
+    before, after, _ = model(video, act, cue)
     picture, alpha, each = model.decode(after)
     out = dict(alpha=alpha, picture=picture, each=each, target=target, video=video,
                predicted=model.decode(before[1:])[0])
@@ -691,8 +655,8 @@ def scores(true, pred):
     """All scores of one clip's label maps (T,H,W)."""
     frames = [fg_ari(g, p) for g, p in zip(true, pred) if (g > 0).any()]
     return {"fg_ari": fg_ari(true, pred), "fg_ari_frame": float(np.mean(frames)) if frames else 1.0,
-            "ari": ari(true, pred), **segment_scores(true, pred),
-            "consistency": consistency(true, pred)}
+            "ari": ari(true, pred), "consistency": consistency(true, pred),
+            **segment_scores(true, pred)}
 
 
 def mean_of(rows):
@@ -750,8 +714,8 @@ def print_table(rows, ours):
         if k in ours:
             print(f"{words:<56}{ours[k]:>9.3f}")
     best = max(v["fg_ari"] for v in list(rows.values())[:-1])
-    print(f"\nbest trivial baseline: FG-ARI {best:.3f}; published: SAVi-S 0.92 on MOVi-A with boxes "
-          "given in frame 0")
+    print(f"\nbest trivial baseline: FG-ARI {best:.3f}; published: SAVi-S 0.92 on MOVi-A with "
+          "boxes given in frame 0")
 
 
 # ---------------------------------------------------------------------------------- figures
@@ -816,6 +780,21 @@ def label_mosaic(picture, rows, columns, path, title=""):
     plt.close(fig)
 
 
+def draw_time(x, true, name, rows, zoom, path):
+    """Columns of frames of the first clip: input, reconstruction, truth, masks, each alpha."""
+    T, K = x["alpha"].shape[1:3]
+    parts = np.concatenate([np.zeros((1, 3)), hues(max(int(true.max()), 1))])
+    times = np.linspace(0, T - 1, min(8, T)).round().astype(int)
+    columns = []
+    for t in times:
+        alpha = x["alpha"][0, t]
+        tiles = [as_rgb(x["video"][0, t]), as_rgb(x["picture"][0, t]), parts[true[t]],
+                 hues(K)[alpha.argmax(0)]]
+        columns.append([*tiles, *alpha[..., None].repeat(3, -1)])
+    label_mosaic(mosaic(list(zip(*columns)), zoom=zoom), rows, [f"frame {t}" for t in times], path,
+                 name)
+
+
 def draw(model, clips, task_names, folder, movie=False):
     """slots.png (a row per clip: input, reconstruction, masks, slots), time.png (the first clip's
     masks over time), with `movie` slots.gif and .mp4."""
@@ -827,15 +806,8 @@ def draw(model, clips, task_names, folder, movie=False):
     label_mosaic(mosaic([strip(x, b, T // 2) for b in every], zoom=zoom), names,
                  ["input", "recon", "masks", *slots], folder / "slots.png")
 
-    times = np.linspace(0, T - 1, min(8, T)).round().astype(int)
-    colors, alpha = hues(K), x["alpha"][0]
-    parts = np.concatenate([np.zeros((1, 3)), hues(max(int(true.max()), 1))])
-    rows = [[as_rgb(x["video"][0, t]) for t in times], [as_rgb(x["picture"][0, t]) for t in times],
-            [parts[true[t]] for t in times], [colors[alpha[t].argmax(0)] for t in times]]
-    for j in range(K):
-        rows.append([alpha[t, j][..., None].repeat(3, -1) for t in times])
-    label_mosaic(mosaic(rows, zoom=zoom), ["input", "recon", "true", "masks", *slots],
-                 [f"frame {t}" for t in times], folder / "time.png", names[0])
+    draw_time(x, true, names[0], ["input", "recon", "true", "masks", *slots], zoom,
+              folder / "time.png")
     if movie:
         import imageio.v2 as imageio
         tiles = [[strip(x, b, t) for b in every] for t in range(T)]
@@ -868,7 +840,7 @@ def read_checkpoint(path):
 def filled(args, device):
     """args with what was left out: from the checkpoint, or by the preset."""
     if args.eval_only:
-        refuse(args, "updates frames batch lr clip pred_weight", "--eval-only trains nothing")
+        refuse(args, " ".join(TRAINING), "--eval-only trains nothing")
         if not args.checkpoint:
             raise SystemExit("--eval-only measures a network that has learned: type --checkpoint "
                              "runs/NAME/checkpoint.pt")
@@ -888,16 +860,14 @@ def check_flags(args):
     """SystemExit: a flag out of range, or flags that do not fit together."""
     one = "updates frames batch slots dim workers threads"
     check_ranges(args, dict.fromkeys(one.split(), (1, None)) | dict(
-        seed=(0, None), clips=(10, None), clip_frames=(2, None), lr=(1e-8, 1), clip=(1e-6, None),
+        seed=(0, None), clips=(10, None), clip_frames=(2, None), lr=(1e-8, None), clip=(1e-6, None),
         noise=(0, None), pred_weight=(0, None), save_every=(0, None)))
     if min(args.iters) < 1:
-        raise SystemExit(f"--iters {args.iters[0]} {args.iters[1]}: expected two whole numbers, at "
-                         "least 1")
+        raise SystemExit(f"--iters {args.iters}: expected two whole numbers, at least 1")
     if args.predictor == "transformer" and args.dim % 4:
         raise SystemExit(f"--dim {args.dim}: the transformer has four heads; type a multiple of 4")
     if args.pred_weight and args.frames < 2:
-        raise SystemExit(f"--pred-weight {args.pred_weight}: one frame has none to predict; type "
-                         "--frames 2 or more")
+        raise SystemExit("--pred-weight needs a frame to predict: type --frames 2 or more")
     if args.clip_frames < args.frames:
         raise SystemExit(f"clips of {args.clip_frames} frames are shorter than a training sequence "
                          f"of {args.frames}: type --frames {args.clip_frames} or --clip-frames "
@@ -913,13 +883,13 @@ def main(args: Args):
     torch.set_num_threads(args.threads)
     keep_memory()
 
-    run = Run("savi", args, log_every=max(10, args.updates // 30))
     print(f"SAVi on {args.task} ({args.color}), {args.size} pixels, {args.slots} slots of "
           f"{args.dim}, {args.decoder} decoder, {chip}, "
-          f"{'compiled' if args.compile else 'eager'}, folder {run.dir}")
+          f"{'compiled' if args.compile else 'eager'}")
     print(f"budget: {args.clips} clips of {args.clip_frames} frames, {args.updates:,} updates of "
           f"{args.batch} x {args.frames} frames, learning rate {args.lr}", flush=True)
     arrays, meta = load_video(args)
+    run = Run("savi", args, log_every=max(10, args.updates // 30))
     test = Clips(arrays, pick(arrays, 1, EVAL_CLIPS), args, device)
     baselines = evaluate_baselines(test)
 
