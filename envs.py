@@ -2,7 +2,7 @@
 
     env = make_env("walker-walk", seed=0)     # or "mw-reach", "Pendulum-v1", "my_module:Id-v0"
     env = make_env("Boxing", obs="pixels")    # an Atari game: discrete actions, 64 x 64 RGB
-    register("my_module:task", Facts(..), make)   # in my_module.py: a family of your own
+    register("my_module:task", Facts(..), make)   # in my_module.py: a task of your own
     with Workers(2) as workers:               # whole episodes, played in two processes
         episodes = workers.rollout([("walker-walk", 0), ("cup-spin", 1)], policy)
     with beside("Pendulum-v1", 64) as rows:   # 64 environments in lock step
@@ -10,8 +10,6 @@
 
 Shapes: O observation, A action, T agent steps of an episode, n environments stepping together.
 An agent step is `action_repeat` control steps with the same action and the summed reward.
-MT30 and MT80 are the task sets of TD-MPC2 (Hansen et al., 2024) in its order: the position is the
-task id.
 """
 import contextlib
 import difflib
@@ -26,7 +24,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import gymnasium
@@ -55,7 +53,7 @@ _MT30_DIMS = {  # name: (O, A); a static table, so that asking costs nothing
     "cheetah-run-backwards": (17, 6), "cheetah-run-front": (17, 6), "cheetah-run-back": (17, 6),
     "cheetah-jump": (17, 6), "hopper-hop-backwards": (15, 4), "reacher-three-easy": (8, 3),
     "reacher-three-hard": (8, 3), "cup-spin": (8, 2), "pendulum-spin": (3, 1)}
-MT30 = tuple(_MT30_DIMS)
+MT30 = tuple(_MT30_DIMS)  # of TD-MPC2 (Hansen et al., 2024) in its order: position is task id
 METAWORLD50 = tuple("mw-" + name for name in """
     assembly basketball button-press-topdown button-press-topdown-wall button-press
     button-press-wall coffee-button coffee-pull coffee-push dial-turn disassemble door-open
@@ -113,8 +111,8 @@ def _measured_facts(task):
 def score(task, ret, success):
     """Score of an episode with return `ret`, by the scale of the task's Facts.
 
-    As in TD-MPC2 success for `mw-` tasks and return / 1000 for dm_control; for Atari human-normalised
-    (0 a random policy, 1 a human tester). A task without a scale scores its return."""
+    As in TD-MPC2 success for `mw-` tasks and return / 1000 for dm_control; for Atari
+    human-normalised (0 random, 1 a human tester). A task without a scale scores its return."""
     scale = task_facts(task).scale
     if scale is None:
         return float(ret)
@@ -127,48 +125,41 @@ def _unknown(task):
         return SystemExit(f"the task {task} has moved: type --task {MOVED_TASKS[task]}")
     suite = [f"{domain}-{name.replace('_', '-')}" for domain, name in _import_suite().ALL_TASKS]
     known = [*MT80, *ATARI26, *_FAMILIES, *suite, *gymnasium.registry]
-    near = difflib.get_close_matches(task, dict.fromkeys(known), 3, 0.4)
+    known = {name.rpartition(":")[2]: name for name in known[::-1]}
+    near = difflib.get_close_matches(task.rpartition(":")[2], known, 3, 0.4)
     return SystemExit(f"unknown task {task!r}: expected an MT30/MT80/ATARI26 name, a dm_control "
                       "'domain-task' or a gymnasium id ('module:Id-v0' for your own); nearest: "
-                      f"{', '.join(near) or 'none'}")
+                      f"{', '.join(known[name] for name in near) or 'none'}")
 
 
 # -------------------------------------------------------------------------------- your own families
-class _Family(NamedTuple):
-    facts: Facts
-    make: Callable
-    batch: Callable | None
-
-
-_FAMILIES = {}  # name: _Family
+_FAMILIES = {}  # name: facts, make, batch
 
 
 def register(name, facts, make, batch=None):
     """Add a task of your own, called "module:rest" after the module whose import registers it.
 
-    make(seed, obs) -> gymnasium.Env with a Box of actions, which make_env wraps: actions in [-1, 1],
-      float32 vectors, the time limit of facts; obs="pixels" needs a render mode rgb_array.
-    batch(n, seed, workers) -> n of them side by side, for `beside`: anything with its interface, or a
-      gymnasium.vector.VectorEnv (see Vector). With a method rollout(jobs, policy, progress), it also
-      plays the episodes of Workers.rollout. None: single environments in turn.
-    Worker processes import the module too. SystemExit: a name without a module, facts of another
-    type."""
+    make(seed, obs) -> gymnasium.Env with a Box of actions, which make_env wraps: actions in
+      [-1, 1], float32 vectors, the time limit of facts; obs="pixels" shows what it renders.
+    batch(n, seed, workers) -> n of them side by side, for `beside`: anything with that interface or
+      a gymnasium.vector.VectorEnv (see Flock). If it has a method rollout(jobs, policy, progress),
+      that plays the episodes of Workers.rollout.
+    Worker processes import the module too. SystemExit: a name without a module, no Facts."""
     if not all(name.partition(":")) or not isinstance(facts, Facts):
         raise SystemExit(f"register got the name {name!r} and the facts {facts!r}; expected "
                          "'module:name' and Facts(obs_dim, act_dim, episode_length, action_repeat)")
-    _FAMILIES[name] = _Family(facts, make, batch)
+    _FAMILIES[name] = SimpleNamespace(facts=facts, make=make, batch=batch)
 
 
 def _registered(task):
-    """The _Family of "module:rest", after importing the module; None if it has no such name."""
+    """What `register` got for "module:rest", whose module is imported; None: no such name."""
     task = MOVED_TASKS.get(task, task)  # for the time of the move
     if task not in _FAMILIES and ":" in task:
         try:
             importlib.import_module(task.partition(":")[0])
         except (ImportError, ValueError) as error:
-            raise SystemExit(f"{task} cannot be made: {error}; install what it names, or for your "
-                             "own environment give 'module:Id-v0' with a module that Python can "
-                             "import") from None
+            raise SystemExit(f"{task} cannot be made: {error}; install what it names, or give "
+                             "'module:Id-v0' with a module that Python can import") from None
     return _FAMILIES.get(task)
 
 
@@ -176,28 +167,27 @@ def _registered(task):
 def make_env(task, seed=0, obs="state", size=64, **options):
     """Make one environment, a gymnasium.Env that passes gymnasium's check_env.
 
-    task: a name of MT30, MT80 or ATARI26 (`Breakout@m4d1`: in the ALE's mode 4 and difficulty 1); a
-      dm_control suite task as `domain-task` (the first '-' ends the domain, the others stand for '_',
-      'cup' is ball_in_cup: `point_mass-easy`); a gymnasium id with continuous actions (`Pendulum-v1`;
-      `module:Id-v0` imports `module`); or a name given to `register`.
+    task: a name of MT30, MT80 or ATARI26 (`Breakout@m4d1`: in the ALE's mode 4, difficulty 1); a
+      dm_control task as `domain-task` (the first '-' ends the domain, the others stand for '_',
+      'cup' is ball_in_cup); a gymnasium id with continuous actions (`module:Id-v0` imports
+      `module`); or a name given to `register`.
     seed: of the first reset; `reset(seed=s)` fixes all that is random in an episode.
     obs: "state" gives float32 (O,); "pixels" uint8 (size, size, 3), by OpenGL except for Atari.
     options: of Atari: sticky, life_loss, noop, frame_cap; of Meta-World: camera, repeat, length.
     Actions are float32 (A,) in [-1, 1], rescaled to the task's own bounds where these are finite;
-    Atari has 18 discrete ones.
+    Atari has 18 discrete ones. `info["success"]` is a float, 0.0 where there is no such notion.
 
     Episodes: dm_control repeats each action twice, is truncated after 500 agent steps and never
-    terminated; Meta-World repeats twice, is truncated after 100, and draws a new goal at each reset;
-    a gymnasium id is not repeated and keeps its own limit (1000 steps if it has none).
-    `info["success"]` is a float, 0.0 where the task has no such notion.
-    Errors: SystemExit with one sentence for an unknown task, a missing package, discrete actions, no
-    OpenGL, or (while stepping) a number that is not finite."""
+    terminated; Meta-World repeats twice, is truncated after 100, and draws a new goal at each
+    reset; a gymnasium id is not repeated and keeps its own limit (1000 steps if it has none).
+    SystemExit: an unknown task, a missing package, discrete actions, no OpenGL, or (while stepping)
+    a number that is not finite."""
     if obs not in ("state", "pixels"):
         raise SystemExit(f"make_env got obs={obs!r}; expected 'state' or 'pixels'")
     if task.partition("@")[0] in ATARI26:
         return _Atari(task, seed, obs, size, **options)
-    if obs == "pixels":  # an emulator draws without OpenGL
-        choose_gl()
+    if obs == "pixels":
+        choose_gl()  # an emulator draws without
     if task.startswith("mw-"):
         return _MetaWorld(task, seed, obs, size, **options)
     if options:
@@ -213,11 +203,12 @@ def make_env(task, seed=0, obs="state", size=64, **options):
 class _Env(gymnasium.Env):
     """What all tasks share. A subclass sets _env, calls _setup, and defines _restart(seed) -> obs,
     _advance(action) -> obs, rew, terminated, truncated, info, and _frame() -> picture."""
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012 (gymnasium's way)
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (gymnasium's own way)
     render_mode = "rgb_array"
 
-    def _setup(self, task, seed, obs, size, facts):
+    def _setup(self, task, seed, obs, size, facts, fps):
         self.task, self.facts, self.t = task, facts, 0
+        self.metadata = {**self.metadata, "render_fps": fps}  # of agent steps in real time
         self._first_seed, self._size = seed, size if obs == "pixels" else None
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (facts.act_dim,), np.float32)
         self.observation_space = (
@@ -271,8 +262,7 @@ class _Env(gymnasium.Env):
 
     def _broken(self, what):
         return SystemExit(f"{self.task}: the environment gave a non-finite {what} at agent step "
-                          f"{self.t} of an episode; expected finite numbers: check its dynamics and "
-                          "reward")
+                          f"{self.t} of an episode: check its dynamics and reward")
 
 
 def _rescale(space):
@@ -291,15 +281,14 @@ class _Suite(_Env):
         self._env, self._plant, self._physics = env, env.task, env.physics
         self._substeps = round(env.control_timestep() / env.physics.timestep())
         self._camera = 2 if task.startswith("quadruped") else 0  # its camera 0 stands 17 m away
-        control = importlib.import_module("dm_control.rl.control")
-        self._physics_error = control.PhysicsError
+        self._physics_error = importlib.import_module("dm_control.rl.control").PhysicsError
         spec = env.action_spec()
         self._centre, self._half = _rescale(gymnasium.spaces.Box(spec.minimum, spec.maximum,
                                                                  dtype=np.float64))
         with env.physics.reset_context():
             env.task.initialize_episode(env.physics)
-        self._setup(task, seed, obs, size,
-                    Facts(len(self._flat()), *spec.shape, 500, 2, 1000.0, False))
+        facts = Facts(len(self._flat()), *spec.shape, 500, 2, 1000.0, False)
+        self._setup(task, seed, obs, size, facts, round(0.5 / env.control_timestep()))
 
     def _flat(self):  # some entries are 0-d (walker height, fish upright)
         seen = self._plant.get_observation(self._physics)
@@ -336,9 +325,8 @@ class _Suite(_Env):
 class _MetaWorld(_Env):
     """A Meta-World v3 task with visible goal. (TD-MPC2 used an older v2: not the same numbers.)
 
-    camera: corner4 is the corner2 that multi-task papers moved closer; repeat, length: control steps
-    per agent step and agent steps per episode (2 and 100 as in TD-MPC2; the benchmark's own: 1, 500).
-    """
+    camera: corner4 is the corner2 that multi-task papers moved closer; repeat, length: control
+    steps per agent step, agent steps per episode (as in TD-MPC2; the benchmark's own: 1, 500)."""
 
     def __init__(self, task, seed, obs, size, camera="corner2", repeat=2, length=100):
         if task not in METAWORLD50:
@@ -358,7 +346,8 @@ class _MetaWorld(_Env):
         env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
         if obs == "pixels":  # shadow maps of 4096 x 4096 are half of the time
             env.model.vis.quality.shadowsize = 1024
-        self._setup(task, seed, obs, size, Facts(39, 4, length, repeat, 0.0, False))
+        facts = Facts(39, 4, length, repeat, 0.0, False)
+        self._setup(task, seed, obs, size, facts, round(1 / env.dt / repeat))
 
     def _restart(self, seed):
         if seed is not None:
@@ -414,7 +403,8 @@ class _Gymnasium(_Env):
         if facts and facts[:2] != found[:2]:
             raise SystemExit(f"{task} was registered with (obs_dim, act_dim) {facts[:2]}, but its "
                              f"environment has {found[:2]}")
-        self._setup(task, seed, obs, size, facts or found)
+        fps = env.metadata.get("render_fps") or 25
+        self._setup(task, seed, obs, size, facts or found, fps)
 
     def _flat(self, obs):
         return gymnasium.spaces.flatten(self._env.observation_space, obs)
@@ -434,10 +424,10 @@ class _Gymnasium(_Env):
             try:
                 frame = self._env.render()
             except gymnasium.error.DependencyNotInstalled as error:  # Pendulum-v1 needs pygame
-                raise SystemExit(f"{self.task} cannot be drawn: {error}; or use obs='state'") from None
+                raise SystemExit(f"{self.task} cannot be drawn: {error}") from None
         if frame is None:
-            raise SystemExit(f"{self.task} draws no frames; expected the render mode rgb_array: use "
-                             "obs='state'")
+            raise SystemExit(f"{self.task} draws no frames; expected the render mode rgb_array: "
+                             "use obs='state'")
         return frame
 
 
@@ -448,14 +438,13 @@ def _to_bounds(space, centre, half, act):
 
 
 class _Atari(_Env):
-    """An Atari game: uint8 (size, size, 3), all 18 discrete actions.
+    """An Atari game: uint8 (size, size, 3), all 18 discrete actions; `legal`: those it tells apart.
 
-    `legal` lists the actions that the game tells apart. An agent step is 4 frames with one action;
-    the observation is the maximum of the last two, averaged over areas.
-    sticky: probability, per frame, that the emulator repeats the previous action (the ALE's v5: 0.25).
-    life_loss: report a lost life as info["life_lost"] (never ends the episode); noop: at most so many
-    random idle frames after a reset; frame_cap: frames until truncation, 108,000 is half an hour."""
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012 (gymnasium's way)
+    An agent step is 4 frames with one action, seen as the maximum of the last two, averaged over
+    areas. sticky: probability, per frame, that the emulator repeats the previous action (the ALE's
+    v5: 0.25). life_loss: report a lost life as info["life_lost"] (never ends the episode); noop: at
+    most so many random idle frames after a reset; frame_cap: frames until truncation (half an
+    hour)."""
 
     def __init__(self, task, seed, obs="pixels", size=64, sticky=0.25, life_loss=True, noop=0,
                  frame_cap=108_000):
@@ -472,28 +461,29 @@ class _Atari(_Env):
         self._areas = [_areas(n, size) for n in (210, 160)]
         facts = task_facts(task)._replace(obs_dim=3 * size * size,
                                           episode_length=max(1, frame_cap // 4))
-        self._setup(task, seed, obs, size, facts)
+        self._setup(task, seed, obs, size, facts, 15)
         self.action_space = gymnasium.spaces.Discrete(len(self._actions))
 
     def _read_mode(self, task):
-        """[mode, difficulty] of Game@m<mode>d<difficulty>, None for a bare name."""
+        """(mode, difficulty) of Game@m<mode>d<difficulty>, None for a bare name."""
         game, at, variant = task.partition("@")
         if not at:
             return None
-        modes = [str(n) for n in self._env.getAvailableModes()]
-        difficulties = [str(n) for n in self._env.getAvailableDifficulties()]
+        modes, difficulties = self._env.getAvailableModes(), self._env.getAvailableDifficulties()
         asked = re.fullmatch(r"m(\d+)d(\d+)", variant)
-        if not asked or asked[1] not in modes or asked[2] not in difficulties:
+        asked = asked and (int(asked[1]), int(asked[2]))
+        if not asked or asked[0] not in modes or asked[1] not in difficulties:
             raise SystemExit(f"{task}: expected {game}@m<mode>d<difficulty> with a mode of "
-                             f"{', '.join(modes)} and a difficulty of {', '.join(difficulties)}")
-        return int(asked[1]), int(asked[2])
+                             f"{[*modes]} and a difficulty of {[*difficulties]}")
+        return asked
 
     def _load(self, seed):  # the ALE takes a seed only while it loads a game
         self._env.setInt("random_seed", seed % 2**31)
         self._env.loadROM(self._rom)
         if self._mode:
-            self._env.setMode(self._mode[0])
-            self._env.setDifficulty(self._mode[1])
+            mode, difficulty = self._mode
+            self._env.setMode(mode)
+            self._env.setDifficulty(difficulty)
 
     def reset(self, *, seed=None, options=None):
         """As for other tasks; info also has "life_lost"."""
@@ -575,8 +565,8 @@ def _areas(n, m):
 
 # ------------------------------------------------------------------------------------------- OpenGL
 def _import_suite():
-    """dm_control.suite, without OpenGL unless MUJOCO_GL is set: state tasks need none, the import is
-    faster, and a machine without a display prints no GLFW warning. _frame loads OpenGL later."""
+    """dm_control.suite, without OpenGL unless MUJOCO_GL is set: state tasks need none, and a
+    machine without a display prints no warning. _frame loads OpenGL later."""
     if "MUJOCO_GL" not in os.environ and "dm_control._render" not in sys.modules:
         os.environ["MUJOCO_GL"] = "disabled"
         try:
@@ -587,7 +577,7 @@ def _import_suite():
 
 
 def choose_gl():
-    """Set MUJOCO_GL to a backend that works here and return it; a value already set is kept, untested.
+    """Set MUJOCO_GL to a backend that works here and return it; a set value is kept, untested.
 
     SystemExit: neither EGL nor OSMesa works."""
     if os.environ.get("MUJOCO_GL"):
@@ -600,8 +590,8 @@ def choose_gl():
             os.environ["MUJOCO_GL"] = name
             return name
     raise SystemExit("found no working OpenGL (tried EGL and OSMesa), which pixels and video need: "
-                     "apt-get install libegl1 (GPU) or libosmesa6 (CPU), or set MUJOCO_GL=egl|osmesa|"
-                     "glfw, or use obs='state'")
+                     "apt-get install libegl1 (GPU) or libosmesa6 (CPU), or set "
+                     "MUJOCO_GL=egl|osmesa|glfw, or use obs='state'")
 
 
 # ------------------------------------------------------------------------------------- custom tasks
@@ -610,7 +600,8 @@ _CUSTOM = {  # the tasks that TD-MPC2 added, and the suite's tasks in which they
     "cheetah-run-backwards": "cheetah-run", "cheetah-run-front": "cheetah-run",
     "cheetah-run-back": "cheetah-run", "cheetah-jump": "cheetah-run",
     "hopper-hop-backwards": "hopper-hop", "reacher-three-easy": "reacher-easy",
-    "reacher-three-hard": "reacher-hard", "cup-spin": "cup-catch", "pendulum-spin": "pendulum-swingup"}
+    "reacher-three-hard": "reacher-hard", "cup-spin": "cup-catch",
+    "pendulum-spin": "pendulum-swingup"}
 
 
 def _load_suite(task, seed):
@@ -684,8 +675,8 @@ def _reacher_three(suite, target_size, seed):
                 f'name="{name}" type="capsule" fromto="0 0 0 {length} 0 0" size=".01" '
                 'material="self"/>')
         motors += f'<motor name="{joint}" joint="{joint}"/>'
-    arm += ('<body name="finger" pos=".09 0 0"><camera name="hand" pos="0 0 .2" mode="track"/><geom '
-            'name="finger" type="sphere" size=".01" material="effector"/></body>' + 3 * "</body>")
+    arm += ('<body name="finger" pos=".09 0 0"><camera name="hand" pos="0 0 .2" mode="track"/>'
+            '<geom name="finger" type="sphere" size=".01" material="effector"/>' + 4 * "</body>")
     head = xml[:xml.index('<body name="arm"')]
     target = xml[xml.index('<geom name="target"'):xml.index("</worldbody>")]
     physics = suite.reacher.Physics.from_xml_string(
@@ -698,13 +689,12 @@ def _reacher_three(suite, target_size, seed):
 def beside(task, n, seed=0, workers=1):
     """n environments of a task stepping together: its registered batch, otherwise a Flock.
 
-    Whatever it is (a context manager), it has
-      reset() -> obs (n, O) float32;
-      step(act (n, A)) -> obs (n, O), rew (n,), terminated (n,), truncated (n,) bool, last (n, O): a
-        row that ends restarts at once, `obs` is the first of its next episode and `last` the one that
-        ended it (V of `last` is the bootstrap of a truncated row; a terminated row has none);
-      state_dict() -> {name: array}; load_state_dict(state) -> obs, from where it goes on with the same
-        steps; close()."""
+    Whatever it is (a context manager), it has reset() -> obs (n, O) float32; close();
+    step(act (n, A)) -> obs (n, O), rew (n,), terminated (n,), truncated (n,) bool, last (n, O): a
+      row that ends restarts at once, `obs` is the first of its next episode and `last` what ended
+      it (V of `last` is the bootstrap of a truncated row; a terminated row has none);
+    state_dict() -> {name: array}; load_state_dict(state) -> obs, and on it goes with the same
+      steps."""
     family = _registered(task)
     if family is None or family.batch is None:
         return Flock(task, n, seed)
@@ -729,28 +719,25 @@ class Flock(_Closing):
     """n environments of any task in lock step; see beside.
 
     vector: a gymnasium.vector.VectorEnv with Boxes of observations (here flat) and actions (here in
-    [-1, 1]) that leaves restarts to us: autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED. None:
+    [-1, 1]) and autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED: we restart its rows. None:
     environments of make_env, one after the other in this process.
     A foreign environment does not show its state: state_dict holds every row's actions since its
-    episode began, and load_state_dict does them again, which is exact where seed and actions fix an
-    episode. The seed of episode k of row i is drawn from (seed, i, k). SystemExit: another vector
+    episode began, and load_state_dict does them again, exact where seed and actions fix an episode.
+    The seed of episode k of row i is drawn from (seed, i, k). SystemExit: another vector
     environment, actions of another shape, a number of the environment that is not finite."""
 
     def __init__(self, task, n, seed=0, vector=None):
-        mode, box = gymnasium.vector.AutoresetMode.DISABLED, gymnasium.spaces.Box
+        disabled, box = gymnasium.vector.AutoresetMode.DISABLED, gymnasium.spaces.Box
         if n < 1:
             raise SystemExit(f"{task}: got n={n} environments side by side; expected 1 or more")
         if vector is None:
             vector = gymnasium.vector.SyncVectorEnv([lambda: make_env(task)] * n, copy=False,
-                                                    autoreset_mode=mode)
+                                                    autoreset_mode=disabled)
         space, seen = vector.single_action_space, vector.single_observation_space
-        if vector.metadata.get("autoreset_mode") != mode or vector.num_envs != n:
-            raise SystemExit(f"{task}: expected a vector environment of {n} with autoreset_mode="
-                             "gymnasium.vector.AutoresetMode.DISABLED (restarts need our seeds); got "
-                             f"{vector.num_envs} with {vector.metadata.get('autoreset_mode')}")
-        if not isinstance(space, box) or not isinstance(seen, box):
-            raise SystemExit(f"{task}: its vector environment has actions {space} and observations "
-                             f"{seen}; expected Boxes")
+        mode = vector.metadata.get("autoreset_mode")
+        if mode != disabled or not isinstance(space, box) or not isinstance(seen, box):
+            raise SystemExit(f"{task}: its vector environment has {mode}, actions {space} and "
+                             f"observations {seen}; expected {disabled} and Boxes")
         self.task, self.n, self.seed, self.facts = task, n, seed, task_facts(task)
         self._env, self._space, self._scale = vector, space, _rescale(space)
         self.t, self._episode = np.zeros(n, int), np.zeros(n, int)
@@ -778,8 +765,8 @@ class Flock(_Closing):
 
     def _finite(self, what, x):
         if not np.isfinite(x).all():
-            raise SystemExit(f"{self.task}: the vector environment gave a non-finite {what}; "
-                             "expected finite numbers: check its dynamics and reward")
+            raise SystemExit(f"{self.task}: the vector environment gave a non-finite {what}: "
+                             "check its dynamics and reward")
         return x.astype(np.float32)
 
     def _begin(self, rows):
@@ -811,7 +798,7 @@ class Flock(_Closing):
 
     def load_state_dict(self, state):
         """Go on from what state_dict gave, as arrays or tensors -> obs (n, O) float32."""
-        t, episode, self._acts = (np.array(state[k]) for k in ("t", "episode", "acts"))
+        t, episode, self._acts = (np.asarray(state[k]).copy() for k in ("t", "episode", "acts"))
         every = np.arange(self.n)
         obs, self._episode = self._start(every, [0] * self.n), episode - 1
         for left in range(t.max(), -1, -1):  # rows begin so that all arrive at the same time
@@ -833,58 +820,50 @@ class _Process:
     """A fresh interpreter with a _Place, which imports only this file; a message has one answer."""
 
     # Not multiprocessing.Process: its children import the parent's script, hence torch (seconds and
-    # hundreds of MB each). This starts in 0.3 s. It gets the parent's sys.path, so that a task
-    # "module:Id-v0" is the same there, and its own session, so that Ctrl-C reaches the parent alone.
+    # hundreds of MB each). This starts in 0.3 s, with the parent's sys.path, so that "module:Id-v0"
+    # is the same there, and in its own session, so that Ctrl-C reaches the parent alone.
     def __init__(self):
         ours, theirs = socket.socketpair()
         here = os.path.dirname(os.path.abspath(__file__))
         path = [here, *(p or os.getcwd() for p in sys.path)]
         code = f"import sys; sys.path[:] = {path!r}; import envs; envs._serve({theirs.fileno()})"
-        self._proc = subprocess.Popen(
+        self.proc = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
         theirs.close()
-        self.pid, self._conn = self._proc.pid, multiprocessing.connection.Connection(ours.detach())
+        self.conn = multiprocessing.connection.Connection(ours.detach())
 
     def send(self, method, orders):
         """Call a method of its _Place; if it is dead, `receive` will say so."""
         with contextlib.suppress(OSError):
-            self._conn.send((method, orders))
+            self.conn.send((method, orders))
 
     def receive(self):
         """(answer, None), or (None, exit code) if it died. SystemExit: the sentence it sent."""
         try:
-            answer = self._conn.recv()
+            answer = self.conn.recv()
         except (EOFError, OSError):
-            return None, self._proc.wait()
+            return None, self.proc.wait()
         if isinstance(answer, str):
             raise SystemExit(answer)
         return answer, None
 
-    def hang_up(self):
-        """Close its pipe: it leaves, unless it is inside a long reset."""
-        self._conn.close()
-
-    def end(self):
-        """Wait until it has left; kill it after a second."""
-        self.hang_up()
-        try:
-            self._proc.wait(1)
-        except subprocess.TimeoutExpired:
-            self._proc.kill()
-            self._proc.wait()
-
 
 def _stop(processes):
+    """Close the pipes, so that they leave; kill those that do not (inside a long reset)."""
     for process in processes:
-        process.hang_up()
+        process.conn.close()
     for process in processes:
-        process.end()
+        try:
+            process.proc.wait(1)
+        except subprocess.TimeoutExpired:
+            process.proc.kill()
+            process.proc.wait()
 
 
 def _serve(fd):
-    """What a _Process does: every message names a method of its _Place; the answer is its result, or
-    a sentence (a str) if it fails."""
+    """What a _Process does: a message names a method of its _Place; the answer is its result, or a
+    sentence (a str) if it fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     conn, place = multiprocessing.connection.Connection(fd), _Place()
     try:
@@ -942,21 +921,19 @@ class Record:
     """What happens in one episode, step by step; `episode` makes of it what roll-outs return."""
 
     def __init__(self, task, seed, obs):
-        self.task, self.seed, self.obs = task, seed, [obs]
-        self.act, self.rew, self.term = [], [], []
+        self.task, self.seed, self.obs, self.steps = task, seed, [obs], []
 
     def add(self, act, obs, rew, term):
         """act (A,), the observation after it (O,), reward, terminated."""
-        self.act.append(act)
         self.obs.append(obs)
-        self.rew.append(rew)
-        self.term.append(term)
+        self.steps.append((act, rew, term))
 
     def episode(self, success):
         """The dict that Workers.rollout describes."""
-        return dict(task=self.task, seed=self.seed, obs=np.stack(self.obs), act=np.stack(self.act),
-                    rew=np.array(self.rew, np.float32), term=np.array(self.term), success=success,
-                    ret=float(sum(self.rew)))
+        act, rew, term = zip(*self.steps)
+        return dict(task=self.task, seed=self.seed, obs=np.stack(self.obs), act=np.stack(act),
+                    rew=np.array(rew, np.float32), term=np.array(term), success=success,
+                    ret=float(sum(rew)))
 
 
 class Workers(_Closing):
@@ -981,15 +958,16 @@ class Workers(_Closing):
         """Play one episode per job and return them in the order of the jobs.
 
         jobs: list of (task, seed).
-        policy: (obs (n, O) float32, job (n,) int, t (n,) int) -> act (n, A). Called once per lockstep
-          for all n running environments, whatever their task or process: the result does not depend
-          on the number of workers. O and A are the widest of the jobs: obs is padded with zeros, an
-          environment reads its first entries of act. job indexes `jobs`, t is the agent step.
+        policy: (obs (n, O) float32, job (n,) int, t (n,) int) -> act (n, A). Called once per
+          lockstep for all n running environments, whatever their task or process: the result does
+          not depend on the number of workers. O and A are the widest of the jobs: obs is padded
+          with zeros, an environment reads its first entries of act. job indexes `jobs`, t is the
+          agent step.
         progress: called now and then with (agent steps done, agent steps expected).
-        Returns dicts: task, seed, obs (T+1, O_task), act (T, A_task), rew (T,), term (T,) bool (True
-          only where the task ended by itself), success (float, of the last step), ret (sum of rew).
-        A worker that dies is named on stderr and replaced; its unfinished episodes restart from their
-        seeds. SystemExit: at the third death, or what went wrong in an environment."""
+        Returns dicts: task, seed, obs (T+1, O_task), act (T, A_task), rew (T,), term (T,) bool
+          (True only where the task ended by itself), success (of the last step), ret (sum of rew).
+        A worker that dies is named on stderr and replaced; its unfinished episodes restart from
+        their seeds. SystemExit: at the third death, or what went wrong in an environment."""
         jobs = [(task, int(seed)) for task, seed in jobs]
         if not jobs:
             return []
@@ -1021,8 +999,8 @@ class Workers(_Closing):
         return self._batches[task]
 
     def _ask(self, play, method, orders):
-        """Let all workers carry out orders {slot: ..} and tell `play`. Slot s is worker s % n's; one
-        that died is replaced and starts all that it has not finished again."""
+        """Let the workers carry out orders {slot: ..} and tell `play`. Slot s is worker s % n's;
+        one that died is replaced and starts all that it has not finished again."""
         shares = {}
         for slot, order in orders.items():
             shares.setdefault(slot % self.n, {})[slot] = order
@@ -1041,13 +1019,13 @@ class Workers(_Closing):
 
     def _replace(self, i, code, play, tasks):
         play.deaths += 1
-        how = (f"worker {i} (pid {self.procs[i].pid}, exit code {code}) died while playing "
+        how = (f"worker {i} (pid {self.procs[i].proc.pid}, exit code {code}) died while playing "
                f"{', '.join(tasks)}")
         if play.deaths == 3:
             raise SystemExit(f"{how}; it is the third death in one roll-out: exit code -9 usually "
                              "means lack of memory, so try a smaller max_envs or fewer workers")
         print(f"{how}; its unfinished episodes start again", file=sys.stderr)
-        self.procs[i].end()
+        _stop([self.procs[i]])
         self.procs[i] = _Process()
 
 
@@ -1066,11 +1044,11 @@ class _Lockstep:
         self.queues = [[] for _ in range(slots)]  # of unfinished jobs; the first one is played
         for j, slot in zip(order, slot_of):
             self.queues[slot].append(j)
-        self.records, self.results = {}, [None] * len(jobs)  # records {slot: Record}
+        self.records, self.acts, self.results = {}, {}, [None] * len(jobs)  # {slot: Record}
         self.deaths = self.rounds = 0
 
     def order(self, slot, place=0):
-        """(task, seed) of the job that is played in a slot or comes after it; None: there is none."""
+        """(task, seed) of the job that is played in a slot or comes next; None: there is none."""
         queue = self.queues[slot]
         return self.jobs[queue[place]] if place < len(queue) else None
 
@@ -1087,12 +1065,13 @@ class _Lockstep:
             now = self.records[slot].obs[-1]
             row[:len(now)] = now
         job = np.array([self.queues[slot][0] for slot in live])
-        act = policy(obs, job, np.array([len(self.records[slot].act) for slot in live]))
+        act = policy(obs, job, np.array([len(self.records[slot].steps) for slot in live]))
         act = np.asarray(act, np.float32)
         if act.shape != (len(live), self.act_dim):
             raise SystemExit(f"the policy returned actions of shape {act.shape}; expected "
                              f"{(len(live), self.act_dim)}, one row per observation")
-        self.acts = {slot: a[:self.facts[self.order(slot)[0]].act_dim] for slot, a in zip(live, act)}
+        for slot, a in zip(live, act):
+            self.acts[slot] = a[:self.facts[self.order(slot)[0]].act_dim]
         return {slot: (self.acts[slot], self.order(slot, 1)) for slot in live}
 
     def step(self, answers):
@@ -1110,7 +1089,7 @@ class _Lockstep:
         """Tell `progress` how far it is, at every twentieth call and at the end."""
         if self.progress and (self.rounds % 20 == 0 or not self.records):
             done = self.lengths[[r is not None for r in self.results]].sum()
-            done += sum(len(record.act) for record in self.records.values())
+            done += sum(len(record.steps) for record in self.records.values())
             self.progress(int(done), int(self.lengths.sum()))
         self.rounds += 1
 
@@ -1124,9 +1103,9 @@ class Fleet(_Closing):
         steps = fleet.receive()     # [(obs, rew, terminated, truncated, info)], waits for all
 
     One process each, because Meta-World draws wrong pictures with two renderers in one (its issue
-    448). options: {task: keyword arguments of make_env}. Attribute: legal, the action indices a game
-    tells apart per environment, or None where actions are continuous. An environment that ends
-    restarts at once with its next seed: `obs` is then the first of the new episode."""
+    448). options: {task: keyword arguments of make_env}. Attribute: legal, the action indices that
+    a game tells apart per environment, or None where actions are continuous. An environment that
+    ends restarts at once with its next seed: `obs` is then the first of the new episode."""
 
     def __init__(self, tasks, options=None, obs="pixels", size=64):
         self.tasks = list(tasks)
@@ -1161,7 +1140,7 @@ class Fleet(_Closing):
         return answers
 
     def reset(self, seeds, actions=None):
-        """Start an episode in every environment and play `actions` (a list for each) -> observations.
+        """Start an episode in every environment and play `actions` (a list each) -> observations.
 
         SystemExit, as for receive: an environment failed, or its process died."""
         return [obs for obs, _ in self._start(seeds, actions)]
