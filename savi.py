@@ -9,26 +9,25 @@ that learn nothing: where things have colours or stand in the middle, those alre
     python savi.py          # 500 clips of moving objects, 6 slots, under 10 minutes: FG-ARI 0.60
     python savi.py --fast   # the whole pipeline in a minute
 
-Copy me together with envs.py and data.py.  Bodies and actions: --task studies.scenes:Humanoid;
-`python -m studies.savi_arms` asks whether actions explain slots.
+Copy me together with envs.py and data.py.  Bodies with actions: --task studies.scenes:Humanoid.
 
 Shapes: B clips, T frames, K slots, D slot size, N tokens, m actions (or 0), H W pixels; time first:
 video (T,B,3,H,W), act (T,B,m), slots (T,B,K,D).  act[t] was active until frame t.
 
 Deviations from the paper:
  1. Data: scenes of MuJoCo instead of MOVi, which is a download.
- 2. The loss is a mean over pixels, SAVi's a sum; its gradient clip of 0.05 then acts in the first
-    updates only.
- 3. The predictor is a residual MLP per slot (the authors' choice for robots); --predictor
-    transformer is the paper's, Eq. (4).
+ 2. The loss is a mean over pixels, SAVi's a sum; the gradient clip of 0.05 then acts rarely.
+ 3. The predictor is a residual MLP per slot (the authors' choice for robots), not a transformer.
  4. Two iterations of slot attention on the first frame, one on later ones, with the residual MLP
     of the original module (Locatello et al. 2020, Algorithm 1).
- 5. The preset cpu has 32 pixels, 64 numbers per slot, 8 frames and, instead of transposed
-    convolutions, an MLP per cell of 2x2 pixels with sines of the position.
+ 5. The preset cpu has 32 pixels, 64 numbers per slot, 8 frames and, for a decoder, an MLP per cell
+    of 2x2 pixels with sines of the position.
  6. Frames are centred and scaled before the encoder.
  7. Linear and convolutional layers start as in the authors' JAX code.
  8. --init com conditions on centres of parts instead of boxes; slots of the background come last.
 """
+import contextlib
+import ctypes
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -152,7 +151,7 @@ MOVED = {
 
 # -------------------------------------------------------------------- metrics, all in float64
 def labels_of(masks):
-    """masks as an array of labels 0, 1, ..; SystemExit: soft masks or negative labels."""
+    """An array of labels 0, 1, ..; SystemExit: soft masks or negative labels."""
     x = np.asarray(masks)
     if x.dtype.kind not in "biu" or x.size and x.min() < 0:
         raise SystemExit(f"masks of {x.dtype} from {x.min()}: expected whole labels from 0 up, 0 "
@@ -186,9 +185,8 @@ def ari(true_masks, pred_masks):
 
 
 def fg_ari(true_masks, pred_masks):
-    """Adjusted Rand index over the pixels whose true label is not 0, for label maps of one shape
-    (any axes, all frames of a clip together).  It ignores what slots do to the background: look at
-    the masks too."""
+    """Adjusted Rand index over pixels whose true label is not 0, for label maps of one shape,
+    all frames of a clip together.  It ignores the background: look at the masks too."""
     true, pred = labels_of(true_masks), labels_of(pred_masks)
     same = true.shape == pred.shape
     return ari(true[true > 0], pred[true > 0]) if same else ari(true, pred)
@@ -202,8 +200,7 @@ def iou_table(true, pred):
 
 
 def segment_scores(true, pred):
-    """mIoU: best one-to-one matching, over all true segments, background too; mBO: best slot of
-    each object."""
+    """mIoU: best one-to-one matching, background too; mBO: best slot of each object."""
     from scipy.optimize import linear_sum_assignment
     labels, table = iou_table(true, pred)
     rows, cols = linear_sum_assignment(-table)
@@ -214,10 +211,9 @@ def segment_scores(true, pred):
 def usage(true, alpha):
     """Who draws the foreground?  true (T,H,W) labels, alpha (T,K,H,W) soft masks.
 
-    share (K,): of the foreground; top1: its largest; eff: exp of its entropy, the effective number
-    of slots; conf: mean largest alpha; top1_hard: top1 of the argmax; whole: best IoU of one slot
-    with the whole foreground.  A monopoly has top1 and whole near 1; a smear, where no slot has
-    decided, has eff = K and conf = 1/K."""
+    share (K,): of the foreground; top1: its largest; eff: exp of its entropy; conf: mean largest
+    alpha; top1_hard: top1 of the argmax; whole: best IoU of a slot with the foreground.  A monopoly
+    has top1 and whole near 1; a smear, where no slot has decided, eff = K and conf = 1/K."""
     fg, hard, K = np.asarray(true) > 0, alpha.argmax(1), alpha.shape[1]
     a = np.moveaxis(alpha, 1, -1)[fg].astype(np.float64)                       # (pixels, K)
     share = a.sum(0) / max(a.sum(), 1e-12)
@@ -230,8 +226,7 @@ def usage(true, alpha):
 
 
 def consistency(true, pred):
-    """Share of (frame, object) pairs in which an object's largest slot is the one it has most
-    often; (T,H,W) labels."""
+    """Share of (frame, object) pairs in which an object has its usual slot; (T,H,W) labels."""
     same = total = 0
     for label in np.unique(true[true > 0]):
         best = [np.bincount(p[g == label]).argmax() for g, p in zip(true, pred) if label in g]
@@ -285,8 +280,7 @@ def position_grid(h, w, waves=0):
 
 
 def flax_init(layer):
-    """Weights of variance 1 / fan-in and no bias, as in the authors' JAX code; torch's default is a
-    third of that.  Linear and convolutional layers only."""
+    """Variance 1 / fan-in and no bias, as in the authors' JAX code; torch's is a third of that."""
     if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         transposed = isinstance(layer, nn.ConvTranspose2d)
         fan_in = (layer.weight[:, 0] if transposed else layer.weight[0]).numel()
@@ -298,7 +292,6 @@ def flax_init(layer):
 class SlotAttention(nn.Module):
     """Slots compete for the tokens of a frame (Locatello et al. 2020, Algorithm 1): slots (B,K,D),
     tokens (B,N,C) -> slots (B,K,D), attention (B,N,K), which sums to one over the slots."""
-
     def __init__(self, channels, dim, hidden=None):
         super().__init__()
         hidden = hidden or 2 * dim
@@ -325,9 +318,7 @@ class SlotAttention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Frames (n,3,H,W) -> tokens (n,N,C): convolutions, plus a learned map of the position, then an
-    MLP per token (SAVi App. B)."""
-
+    """SAVi App. B: frames (n,3,H,W) -> tokens (n,N,C), convolutions plus position, then an MLP."""
     def __init__(self, size, channels):
         super().__init__()
         strides = {32: (2, 1, 1), 64: (1, 1, 1, 1), 128: (2, 1, 1, 1)}[size]
@@ -346,9 +337,8 @@ class Encoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Spatial broadcast (Watters et al. 2019): a slot on each of 8x8 cells, plus its position, and
-    four transposed 5x5 convolutions (SAVi App. B): (n,D) -> (n,C,H,W)."""
-
+    """SAVi App. B, spatial broadcast (Watters et al. 2019): a slot on each of 8x8 cells, plus its
+    position, and four transposed 5x5 convolutions: (n,D) -> (n,C,H,W)."""
     def __init__(self, size, dim, out, hidden=64):
         super().__init__()
         self.register_buffer("grid", position_grid(8, 8), persistent=False)
@@ -365,12 +355,10 @@ class ConvDecoder(nn.Module):
 
 
 class CellDecoder(nn.Module):
-    """Spatial broadcast to cells of 2x2 pixels and an MLP per cell: (n,D) -> (n,C,H,W).
+    """Deviation 5: spatial broadcast to cells of 2x2 pixels, an MLP per cell: (n,D) -> (n,C,H,W).
 
-    Deviation 5.  Sines, because the MLP sees one cell at a time and cannot make edges out of its
-    neighbours.  The first layer is linear in slot + position: both halves are computed once, not
-    once per cell and slot."""
-
+    Sines, because the MLP sees one cell at a time and cannot make edges out of its neighbours.  The
+    first layer is linear in slot + position: each half is computed once, not per cell and slot."""
     def __init__(self, size, dim, out, hidden=64):
         super().__init__()
         self.side = size // 2
@@ -385,9 +373,8 @@ class CellDecoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Slots (B,K,D) of this frame -> first guess for the next: SAVi's post-norm transformer block
-    across slots, Eq. (4), or a residual MLP per slot.  act (B,m) is for those of other files."""
-
+    """Slots (B,K,D) -> first guess for the next frame: SAVi's post-norm transformer block across
+    slots, or a residual MLP per slot (Deviation 3).  act (B,m) is for those of other files."""
     def __init__(self, kind, dim):
         super().__init__()
         self.across = kind == "transformer"
@@ -402,10 +389,8 @@ class Predictor(nn.Module):
 
 
 class FirstSlots(nn.Module):
-    """First slots (B,K,D).  learned: a vector per slot, the same in every clip; gauss: drawn, with
-    learned mean and spread; com: from a cue (B,K,3), y and x in [0,1] of the centre of each slot's
-    part in frame 0, and 1 if there is one."""
-
+    """First slots (B,K,D).  learned: a vector per slot; gauss: drawn, with learned mean and spread;
+    com: from a cue (B,K,3), y and x of the centre of each slot's part, and 1 if there is one."""
     def __init__(self, kind, slots, dim):
         super().__init__()
         self.kind, self.slots = kind, slots
@@ -426,9 +411,7 @@ class FirstSlots(nn.Module):
 
 
 class NoisySlots(nn.Module):
-    """StoSAVi: predicted slots (B,K,D) -> sampled slots, KL to a Gaussian with the same mean and
-    variance 0.01, at which the variance starts."""
-
+    """StoSAVi: predicted slots (B,K,D) -> sampled ones, KL to the same mean and variance 0.01."""
     def __init__(self, dim):
         super().__init__()
         self.spread = nn.Linear(dim, 2 * dim)
@@ -443,10 +426,8 @@ class NoisySlots(nn.Module):
 class SAVi(nn.Module):
     """video (T,B,3,H,W), act (T,B,m), cue -> predicted and corrected slots (T,B,K,D), KL.
 
-    initial(act, cue) gives the first slots, which count as the first prediction;
-    predictor(slots, act) those of the next frame, with the actions that led to it; sampler is None
-    or NoisySlots."""
-
+    initial(act, cue): first slots, which count as the first prediction; predictor(slots, act):
+    those of the next frame, to which act led; sampler: None or NoisySlots."""
     def __init__(self, initial, encoder, attention, predictor, decoder, sampler=None, iters=(2, 1)):
         super().__init__()
         self.initial, self.encoder, self.attention = initial, encoder, attention
@@ -470,8 +451,7 @@ class SAVi(nn.Module):
         return torch.stack(before), torch.stack(after), kl
 
     def decode(self, slots):
-        """slots (..,K,D) -> picture (..,C,H,W), alpha (..,K,H,W), each slot's own picture
-        (..,K,C,H,W).
+        """slots (..,K,D) -> picture (..,C,H,W), alpha (..,K,H,W), each slot's own (..,K,C,H,W).
 
         All slots of all frames are one batch; a loop over slots gives the same numbers."""
         x = self.decoder(slots.flatten(0, -2)).unflatten(0, slots.shape[:-1])
@@ -493,8 +473,7 @@ def make_model(args):
 
 # ------------------------------------------------------------------------------------- loss
 def savi_loss(model, video, target, act, cue, pred_weight, kl_weight):
-    """Mean squared error of the decoded corrected slots, SAVi Eq. (5), of the predicted ones after
-    frame 0, and StoSAVi's KL."""
+    """Mean squared error of decoded corrected slots, and of predicted ones; StoSAVi's KL."""
     before, after, kl = model(video, act, cue)
     T = len(video)
     slots = torch.cat([after, before[1:]]) if pred_weight else after
@@ -535,15 +514,13 @@ def pick(arrays, split, most=None):
     """Clips (indices) of one split, at most so many, evenly over the list (families alternate)."""
     chosen = np.flatnonzero(arrays["split"] == split)
     if not len(chosen):
-        raise SystemExit(f"no clip in split {split} (0 train, 1 test, 2 validation): make more "
-                         "clips, --clips 10 at least")
+        raise SystemExit(f"no clip in split {split} (train, test, validation): make more clips")
     some = np.linspace(0, len(chosen) - 1, min(most or len(chosen), len(chosen)))
     return chosen[some.round().astype(int)]
 
 
 def centres(masks, slots):
-    """(N,T,K,3): y and x in [0,1] of the centre of part j+1, and 1 if it is there; zeros for slots
-    without part."""
+    """(N,T,K,3): y and x in [0,1] of the centre of part j+1, and 1 if it is there, else zeros."""
     out, (H, W) = np.zeros((*masks.shape[:2], slots, 3), np.float32), masks.shape[2:]
     y, x = (np.arange(H) + 0.5) / H, (np.arange(W) + 0.5) / W
     for j in range(slots):
@@ -555,8 +532,7 @@ def centres(masks, slots):
 
 
 class Clips:
-    """Chosen clips on the device.  arrays: all about them, in numpy; true: the masks that slots are
-    compared with, bodies in a crowd, else objects or parts."""
+    """Chosen clips on the device.  arrays: all about them; true: bodies in a crowd, else parts."""
 
     def __init__(self, arrays, chosen, args, device):
         self.device = device
@@ -574,8 +550,7 @@ class Clips:
         return len(self.video)
 
     def window(self, clip, start, T):
-        """clip, start (B,) -> video (T,B,3,H,W), target (T,B,C,H,W), act (T,B,m), cue (B,K,3) or
-        None."""
+        """clip, start (B,) -> video, target (T,B,C,H,W), act (T,B,m), cue (B,K,3) or None."""
         t = start[None] + torch.arange(T, device=self.device)[:, None]
         video = self.video[clip[None], t].permute(0, 1, 4, 2, 3).float() / 255
         target = video
@@ -627,8 +602,8 @@ EVAL_CLIPS = 60  # of the test split at most; their mean has a standard error of
 
 @torch.no_grad()
 def see(model, clips, chosen):
-    """What the model makes of whole clips (indices), numpy arrays, clips first: alpha (B,T,K,H,W),
-    picture, target and predicted (B,T-1,..) (B,T,C,H,W), each (B,T,K,C,H,W)."""
+    """What the model makes of whole clips (indices), in numpy, clips first: alpha (B,T,K,H,W),
+    picture, target, video (B,T,C,H,W), predicted (B,T-1,..), each (B,T,K,C,H,W)."""
     chosen = torch.as_tensor(chosen, device=clips.device)
     start, T = torch.zeros_like(chosen), clips.video.shape[1]
     video, target, act, cue = clips.window(chosen, start, T)
@@ -696,12 +671,9 @@ def evaluate_baselines(clips):
 COLUMNS = dict(fg_ari="FG-ARI", fg_ari_frame="per frame", ari="ARI", miou="mIoU", mbo="mBO",
                consistency="consistency")
 WORDS = dict(psnr="PSNR, corrected slots", pred_psnr="PSNR, slots predicted one frame ahead",
-             copy_psnr="PSNR of showing the last frame again",
-             top1="largest share of the foreground in one slot (monopoly: 1)",
-             eff="effective number of slots (exp of entropy)",
-             conf="confidence (mean largest alpha)",
-             whole="IoU of the best slot with the whole foreground",
-             fg_ari_parts="FG-ARI against parts instead of bodies")
+             copy_psnr="PSNR of the last frame again", conf="confidence: mean largest alpha",
+             top1="largest share of the foreground in a slot", eff="effective number of slots",
+             whole="IoU of the best slot with the foreground", fg_ari_parts="FG-ARI of parts")
 
 
 def print_table(rows, ours):
@@ -712,7 +684,7 @@ def print_table(rows, ours):
     print()
     for k, words in WORDS.items():
         if k in ours:
-            print(f"{words:<56}{ours[k]:>9.3f}")
+            print(f"{words:<44}{ours[k]:>9.3f}")
     best = max(v["fg_ari"] for v in list(rows.values())[:-1])
     print(f"\nbest trivial baseline: FG-ARI {best:.3f}; published: SAVi-S 0.92 on MOVi-A with "
           "boxes given in frame 0")
@@ -722,12 +694,12 @@ def print_table(rows, ours):
 def hues(n):
     """(n,3) colours by slot index, fixed over time."""
     from matplotlib.colors import hsv_to_rgb
-    return np.array([hsv_to_rgb((j / n, *((0.75, 1.0) if j % 2 else (1.0, 0.85))))
-                     for j in range(n)])
+    j = np.arange(n)
+    return hsv_to_rgb(np.stack([j / n, np.where(j % 2, 0.75, 1), np.where(j % 2, 1, 0.85)], -1))
 
 
 def as_rgb(x):
-    """(C,H,W) -> (H,W,3) in [0,1]; flow as red (right) and green (down) around grey."""
+    """(C,H,W) -> (H,W,3) in [0,1]; flow as red (right) and green (down) about grey."""
     x = x.transpose(1, 2, 0)
     if x.shape[-1] == 2:
         x = np.concatenate([x / 2 + 0.5, np.full_like(x[..., :1], 0.5)], -1)
@@ -735,19 +707,18 @@ def as_rgb(x):
 
 
 def strip(x, b, t):
-    """One row of tiles of clip b, frame t: input, reconstruction, segmentation, slots on white."""
-    K = x["alpha"].shape[2]
-    tiles = [as_rgb(x["video"][b, t]), as_rgb(x["picture"][b, t])]
-    tiles.append(hues(K)[x["alpha"][b, t].argmax(0)])
-    for j in range(K):
-        a = x["alpha"][b, t, j][..., None]
-        tiles.append(as_rgb(x["each"][b, t, j]) * a + (1 - a))
+    """Tiles of clip b, frame t: input, reconstruction, truth, masks, and the slots on white."""
+    colors, parts = hues(x["alpha"].shape[2]), hues(max(int(x["true"].max()), 1))
+    tiles = [as_rgb(x["video"][b, t]), as_rgb(x["picture"][b, t]),
+             np.concatenate([np.zeros((1, 3)), parts])[x["true"][b, t]],
+             colors[x["alpha"][b, t].argmax(0)]]
+    for a, each in zip(x["alpha"][b, t][..., None], x["each"][b, t]):
+        tiles.append(as_rgb(each) * a + (1 - a))
     return tiles
 
 
 def mosaic(rows, gap=2, zoom=3):
-    """uint8 picture of equal tiles, rows of lists of (H,W,3) in [0,1], pixels enlarged, white gaps,
-    even sides."""
+    """uint8 picture of rows of equal tiles (H,W,3) in [0,1], enlarged, white gaps, even sides."""
     H, W = rows[0][0].shape[:2]
     H, W = H * zoom + gap * 2, W * zoom + gap * 2
     canvas = np.ones((H * len(rows), W * len(rows[0]), 3))
@@ -758,83 +729,65 @@ def mosaic(rows, gap=2, zoom=3):
     return (canvas * 255).round().astype(np.uint8)
 
 
-def label_mosaic(picture, rows, columns, path, title=""):
-    """Save the picture with names of rows and columns around it."""
+def label_mosaic(picture, rows, path):
+    """Save a picture of strips with the names of rows and columns around it."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     h, w = picture.shape[0] / 100, picture.shape[1] / 100
-    left, top = 0.25 + 0.075 * max(map(len, rows)), 0.35 + 0.3 * bool(title)
+    left, top = 0.25 + 0.075 * max(map(len, rows)), 0.35
     fig = plt.figure(figsize=(w + left, h + top))
     ax = fig.add_axes((left / (w + left), 0, w / (w + left), h / (h + top)))
-    ax.imshow(picture, aspect="auto", interpolation="nearest")
-    wide, high = picture.shape[1] / len(columns), picture.shape[0] / len(rows)
-    ax.set_xticks((np.arange(len(columns)) + 0.5) * wide, columns, fontsize=8)
-    ax.set_yticks((np.arange(len(rows)) + 0.5) * high, rows, fontsize=8)
+    ax.imshow(picture, aspect="auto", interpolation="nearest", extent=(0, w, len(rows), 0))
+    tile = picture.shape[0] / len(rows) / 100
+    K = round(w / tile) - 4
+    columns = ["input", "recon", "true", "masks", *(f"slot {j + 1}" for j in range(K))]
+    ax.set_xticks((np.arange(K + 4) + 0.5) * tile, columns, fontsize=8)
+    ax.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    if title:
-        fig.text(0.5, 1 - 0.18 / (h + top), title, ha="center", va="center", fontsize=9)
     fig.savefig(path, dpi=200)
     plt.close(fig)
 
 
-def draw_time(x, true, name, rows, zoom, path):
-    """Columns of frames of the first clip: input, reconstruction, truth, masks, each alpha."""
-    T, K = x["alpha"].shape[1:3]
-    parts = np.concatenate([np.zeros((1, 3)), hues(max(int(true.max()), 1))])
-    times = np.linspace(0, T - 1, min(8, T)).round().astype(int)
-    columns = []
-    for t in times:
-        alpha = x["alpha"][0, t]
-        tiles = [as_rgb(x["video"][0, t]), as_rgb(x["picture"][0, t]), parts[true[t]],
-                 hues(K)[alpha.argmax(0)]]
-        columns.append([*tiles, *alpha[..., None].repeat(3, -1)])
-    label_mosaic(mosaic(list(zip(*columns)), zoom=zoom), rows, [f"frame {t}" for t in times], path,
-                 name)
-
-
 def draw(model, clips, task_names, folder, movie=False):
-    """slots.png (a row per clip: input, reconstruction, masks, slots), time.png (the first clip's
-    masks over time), with `movie` slots.gif and .mp4."""
-    x, true = see(model, clips, np.arange(len(clips))), clips.true[0]
+    """slots.png (a row per clip, its middle frame), time.png (a row per frame of the first clip),
+    with `movie` slots.gif and .mp4 of all."""
+    x = see(model, clips, np.arange(len(clips))) | dict(true=clips.true)
     names = [f"{task_names[t]} {i + 1}" for i, t in enumerate(clips.arrays["task"])]
-    T, K, H = x["alpha"].shape[1:4]
-    zoom, every = max(1, 128 // H), range(len(clips))
-    slots = [f"slot {j + 1}" for j in range(K)]
-    label_mosaic(mosaic([strip(x, b, T // 2) for b in every], zoom=zoom), names,
-                 ["input", "recon", "masks", *slots], folder / "slots.png")
-
-    draw_time(x, true, names[0], ["input", "recon", "true", "masks", *slots], zoom,
-              folder / "time.png")
+    T, zoom = clips.video.shape[1], max(1, 128 // clips.video.shape[2])
+    times = np.linspace(0, T - 1, min(8, T)).round().astype(int)
+    middle = mosaic([strip(x, b, T // 2) for b in range(len(names))], zoom=zoom)
+    label_mosaic(middle, names, folder / "slots.png")
+    over_time = mosaic([strip(x, 0, t) for t in times], zoom=zoom)
+    label_mosaic(over_time, [f"frame {t}" for t in times], folder / "time.png")
     if movie:
         import imageio.v2 as imageio
-        tiles = [[strip(x, b, t) for b in every] for t in range(T)]
-        pictures = [mosaic(rows, zoom=zoom // 2 or 1) for rows in tiles]
-        imageio.mimwrite(folder / "slots.gif", pictures, duration=125, loop=0)
-        imageio.mimwrite(folder / "slots.mp4", pictures * 3, fps=8, macro_block_size=1)
+        frames = []
+        for t in range(T):
+            tiles = [strip(x, b, t) for b in range(len(names))]
+            frames.append(mosaic(tiles, zoom=zoom // 2 or 1))
+        imageio.mimwrite(folder / "slots.gif", frames, duration=125, loop=0)
+        imageio.mimwrite(folder / "slots.mp4", frames * 3, fps=8, macro_block_size=1)
 
 
 # ------------------------------------------------------------------------------------- main
 def keep_memory():
     """Let glibc keep freed memory: fresh pages for every activation were 30 % of an update."""
-    import ctypes
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # no glibc
         for option, value in ((-1, 2**31 - 1), (-3, 2**25), (-2, 2**28)):  # trim, mmap, top pad
             ctypes.CDLL(None).mallopt(option, value)
-    except (AttributeError, OSError):  # no glibc
-        pass
 
 
 def read_checkpoint(path):
-    """{"model": weights, "args": flags} of a checkpoint.pt of this script."""
+    """{"model": weights, "args": flags of video and network} of a checkpoint.pt."""
     try:
         state = torch.load(path, "cpu", weights_only=True)
         return {"model": state["model"], "args": {k: state["args"][k] for k in VIDEO + NETWORK}}
     except Exception as e:  # a foreign or damaged file can raise almost anything
-        raise SystemExit(f"--checkpoint {path} cannot be read ({type(e).__name__}): expected the "
-                         "checkpoint.pt of a run of this savi.py") from e
+        raise SystemExit(f"--checkpoint {path} cannot be read ({type(e).__name__}): expected a "
+                         "checkpoint.pt of this savi.py") from e
 
 
 def filled(args, device):
@@ -842,8 +795,7 @@ def filled(args, device):
     if args.eval_only:
         refuse(args, " ".join(TRAINING), "--eval-only trains nothing")
         if not args.checkpoint:
-            raise SystemExit("--eval-only measures a network that has learned: type --checkpoint "
-                             "runs/NAME/checkpoint.pt")
+            raise SystemExit("--eval-only needs a network: type --checkpoint runs/X/checkpoint.pt")
     if args.checkpoint:
         refuse(args, " ".join(VIDEO + NETWORK), "with --checkpoint it is read from there")
         args = replace(args, **read_checkpoint(args.checkpoint)["args"])
@@ -869,14 +821,12 @@ def check_flags(args):
     if args.pred_weight and args.frames < 2:
         raise SystemExit("--pred-weight needs a frame to predict: type --frames 2 or more")
     if args.clip_frames < args.frames:
-        raise SystemExit(f"clips of {args.clip_frames} frames are shorter than a training sequence "
-                         f"of {args.frames}: type --frames {args.clip_frames} or --clip-frames "
-                         f"{args.frames}")
+        raise SystemExit(f"clips of {args.clip_frames} frames are shorter than a sequence of "
+                         f"{args.frames}: type --frames {args.clip_frames}")
 
 
 def main(args: Args):
-    """Train (or only measure) one network; table beside rules that learn nothing.  Returns what
-    results.json holds."""
+    """Train or only measure a network, beside rules that learn nothing; returns results.json."""
     device, chip = choose_device(args.device)
     args = resumed(args) if args.resume else filled(args, device)
     check_flags(args)
@@ -884,10 +834,9 @@ def main(args: Args):
     keep_memory()
 
     print(f"SAVi on {args.task} ({args.color}), {args.size} pixels, {args.slots} slots of "
-          f"{args.dim}, {args.decoder} decoder, {chip}, "
-          f"{'compiled' if args.compile else 'eager'}")
-    print(f"budget: {args.clips} clips of {args.clip_frames} frames, {args.updates:,} updates of "
-          f"{args.batch} x {args.frames} frames, learning rate {args.lr}", flush=True)
+          f"{args.dim}; {args.clips} clips of {args.clip_frames} frames, {args.updates:,} updates "
+          f"of {args.batch} x {args.frames} frames, learning rate {args.lr}; {chip}, "
+          f"{'compiled' if args.compile else 'eager'}", flush=True)
     arrays, meta = load_video(args)
     run = Run("savi", args, log_every=max(10, args.updates // 30))
     test = Clips(arrays, pick(arrays, 1, EVAL_CLIPS), args, device)
