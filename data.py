@@ -1,14 +1,14 @@
-"""Episodes on disk, batches of slices, published formats, run folders, statistics.  Copy me beside any script.
+"""Episodes on disk, batches, published formats, video, flags, run folders.  Copy beside any script.
 
-    episodes = Episodes.create("data/mine", {"pendulum-spin": (3, 1, 500)})   # {task: (obs_dim, act_dim, T)}
-    episodes.append("pendulum-spin", obs, act, rew, term)                    # (t+1,O) (t,A) (t,) (t,), t <= T
-    sampler = episodes.sampler(["pendulum-spin"], horizon=16, device="cuda")
-    obs, act, rew, term, live, task = sampler.sequences(512, torch.Generator().manual_seed(0))
+    episodes = Episodes.create("data/mine", {"spin": (3, 1, 500)})  # {task: (obs_dim, act_dim, T)}
+    episodes.append("spin", obs, act, rew, term)                  # (t+1,O) (t,A) (t,) (t,), t <= T
+    sampler = episodes.sampler(["spin"], horizon=16, device="cuda")
+    batch = sampler.sequences(512, torch.Generator())             # obs act rew term live task
 
-Shapes: N episodes, T steps at most per episode, O obs, A act, B batch, H horizon, K tasks; time first in
-batches. Action act[t] leads from obs[t] to obs[t+1] and earns rew[t]; term[t] says that obs[t+1] is a
-terminal state (a time limit is not).  Bad input ends the program with one sentence: what was seen, what is
-expected, what to type.
+Shapes: N episodes, T steps at most per episode, O obs, A act, B batch, H horizon, K tasks; time
+first in batches.  Action act[t] leads from obs[t] to obs[t+1] and earns rew[t]; term[t] says that
+obs[t+1] is a terminal state (a time limit is not).  Bad input ends the program with one sentence:
+what was seen, what is expected, what to type.
 """
 import csv
 import errno
@@ -35,58 +35,63 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
-FORMAT = 1                    # of the episode folders; raise it when the layout changes
-SLAB_BYTES = 256 << 20        # how much of a published chunk is in RAM at once while it is converted
+FORMAT = 1                # of the episode folders; raise it when the layout changes
+SLAB_BYTES = 256 << 20    # how much of a published chunk is in RAM at once while it is converted
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------ files
 @contextmanager
 def _full_disk(what):
-    """Turn 'no space left' (or 'over quota') into one sentence; every writer here leaves the old state intact."""
+    """Turn 'no space left' (or 'over quota') into one sentence; writers here keep the old state."""
     try:
         yield
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise SystemExit(f"the disk is full while writing {what}: nothing written earlier is lost; free some "
-                         "space and type the same command again") from e
+        raise SystemExit(f"the disk is full while writing {what}: nothing written earlier is lost; "
+                         "free some space and type the same command again") from e
 
 
 def _check_room(folder, need, what):
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise SystemExit(f"{what} needs {need / 1e9:.3f} GB but {folder} has {free / 1e9:.3f} GB free: "
-                         "nothing was written; free some space or choose another folder")
+        raise SystemExit(f"{what} needs {need / 1e9:.3f} GB but {folder} has {free / 1e9:.3f} GB "
+                         "free: nothing was written; free some space or choose another folder")
 
 
 def _write_atomic(path, write):
-    """Call write(file) on a temporary file in the same folder, then rename it: readers see old or new, never half."""
+    """Call write(file) on a temporary file, then rename it: readers see old or new, never half."""
+    path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)           # after an error or Ctrl-C; the rename has consumed it otherwise
+    with _full_disk(path):
+        try:
+            with open(tmp, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)  # after an error or Ctrl-C; else it has been renamed
 
 
 def write_text(path, text):
     """Replace a file at once."""
-    with _full_disk(path):
-        _write_atomic(Path(path), lambda f: f.write(text.encode()))
+    _write_atomic(path, lambda f: f.write(text.encode()))
 
 
 def write_json(path, x):
-    """Replace a file by x as JSON; nan, which JSON lacks, becomes null (the interval of one seed)."""
+    """Replace a file by x as JSON; nan, which JSON lacks, becomes null (the interval of one
+    seed)."""
     def strict(x):
         if isinstance(x, dict):
             return {k: strict(v) for k, v in x.items()}
         if isinstance(x, (list, tuple)):
             return [strict(v) for v in x]
         return None if isinstance(x, float) and math.isnan(x) else x
-    write_text(path, json.dumps(strict(x), indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
+
+    def plain(x):
+        return x.tolist() if hasattr(x, "tolist") else str(x)
+    write_text(path, json.dumps(strict(x), indent=1, default=plain))
 
 
 def write_csv(path, rows):
@@ -100,87 +105,95 @@ def write_csv(path, rows):
 
 def save_torch(path, x):
     """torch.save that replaces a file at once."""
-    with _full_disk(path):
-        _write_atomic(Path(path), lambda f: torch.save(x, f))
+    _write_atomic(path, lambda f: torch.save(x, f))
 
 
-def _pwrite(fd, data, at):
-    data = memoryview(data).cast("B")
-    while len(data):                               # one call writes 2 GiB at most
-        n = os.pwrite(fd, data, at)
-        data, at = data[n:], at + n
-
-
-# --------------------------------------------------------------------------------------------------- episodes
+# --------------------------------------------------------------------------------------- episodes
 def _layout(facts):
     """{file: (shape of one episode, dtype)} for facts = (obs_dim, act_dim, T)."""
     O, A, T = facts
     f4 = np.dtype("<f4")
-    return {"obs": ((T + 1, O), f4), "act": ((T, A), f4), "rew": ((T,), f4), "term": ((T,), np.dtype("?")),
-            "length": ((), np.dtype("<i4"))}
+    return {"obs": ((T + 1, O), f4), "act": ((T, A), f4), "rew": ((T,), f4),
+            "term": ((T,), np.dtype("?")), "length": ((), np.dtype("<i4"))}
 
 
 def _header(n, row, dtype):
-    """The .npy header of an (n, *row) array; numpy pads it, so that its size does not depend on n."""
+    """The .npy header of an (n, *row) array; numpy pads it, so that its size does not depend on
+    n."""
     f = io.BytesIO()
-    np.lib.format.write_array_header_1_0(f, {"descr": dtype.str, "fortran_order": False, "shape": (n, *row)})
+    about = {"descr": dtype.str, "fortran_order": False, "shape": (n, *row)}
+    np.lib.format.write_array_header_1_0(f, about)
     return f.getvalue()
 
 
+def _pwrite(fd, data, at):
+    """Write all of it there, and have it on the disk."""
+    data = memoryview(data).cast("B")
+    while len(data):                               # one call writes 2 GiB at most
+        n = os.pwrite(fd, data, at)
+        data, at = data[n:], at + n
+    os.fsync(fd)
+
+
 class Episodes:
-    """Per-task folders of plain .npy files: obs (N,T+1,O) f32, act (N,T,A) f32, rew (N,T) f32, term (N,T)
-    bool, length (N,) i32, and meta.json.  An episode of `length` t uses t steps and t+1 observations; the
-    rest is zero and never read.  Attributes: path; tasks (tuple, in the order of creation); facts {task:
-    (obs_dim, act_dim, T)}."""
+    """Per-task folders of plain .npy files: obs (N,T+1,O) f32, act (N,T,A) f32, rew (N,T) f32, term
+    (N,T) bool, length (N,) i32, and meta.json.  An episode of `length` t uses t steps and t+1
+    observations; the rest is zero and never read.  Attributes: path; tasks (tuple, in the order of
+    creation); facts {task: (obs_dim, act_dim, T)}."""
 
     def __init__(self, path, facts):
         self.path, self.facts, self.tasks = Path(path), facts, tuple(facts)
 
     @classmethod
     def open(cls, path, tasks=None):
-        """Open what exists, in the order of `tasks` (default: order of creation).  Reads headers only.
-        SystemExit: nothing there, an unknown task, an unfinished conversion, damaged or foreign files."""
+        """Open what exists, in the order of `tasks` (default: order of creation); reads headers
+        only. SystemExit: nothing there, an unknown task, an unfinished conversion, damaged
+        files."""
         book = Path(path) / "convert.json"
         if book.exists() and not json.loads(book.read_text())["complete"]:
-            raise SystemExit(f"{path} holds an unfinished conversion: run the same convert_tdmpc2 again to "
-                             "finish it")
+            raise SystemExit(f"{path} holds an unfinished conversion: run the same convert_tdmpc2 "
+                             "again to finish it")
         known = cls._metas(path)
         if not known:
-            raise SystemExit(f"no episodes in {path}: expected folders with a meta.json; make them with "
-                             "data.convert_tdmpc2(src, dst) or data.Episodes.create(path, facts)")
+            raise SystemExit(f"no episodes in {path}: expected folders with a meta.json; make them "
+                             "with data.convert_tdmpc2(src, dst) or data.Episodes.create(path, "
+                             "facts)")
         missing = [t for t in tasks or () if t not in known]
         if missing:
             raise SystemExit(f"{path} has no task {missing[0]!r}; it has {', '.join(known)}")
         self = cls(path, {t: known[t] for t in tasks or known})
-        self.counts()                        # touches every header: damage is reported now, not in hour three
+        self.counts()  # touches every header: damage is reported now, not in hour three
         return self
 
     @classmethod
     def create(cls, path, facts):
-        """Make folders for facts = {task: (obs_dim, act_dim, T)}; where they exist and agree this is
+        """Make folders for {task: (obs_dim, act_dim, T)}; where they exist and agree this is
         `open`."""
         known = cls._metas(path)
-        for task, (O, A, T) in facts.items():
-            if not task or task.startswith(".") or min(O, A, T) < 1:
-                raise SystemExit(f"cannot store task {task!r} with (obs_dim, act_dim, T) = {(O, A, T)}: "
-                                 "expected a name that does not start with a dot and three positive numbers")
-            if task in known:
-                if known[task] != (O, A, T):
-                    raise SystemExit(f"{path} holds {task!r} with (obs_dim, act_dim, T) = {known[task]}, not "
-                                     f"{(O, A, T)}: choose another folder")
-                continue
-            folder = Path(path) / quote(task, safe="")
-            tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-            with _full_disk(folder):
-                tmp.mkdir(parents=True)
-                for name, (row, dtype) in _layout((O, A, T)).items():
-                    (tmp / f"{name}.npy").write_bytes(_header(0, row, dtype))
-                meta = {"format": FORMAT, "task": task, "obs_dim": O, "act_dim": A, "T": T,
-                        "order": len(known)}
-                (tmp / "meta.json").write_text(json.dumps(meta))
-                os.replace(tmp, folder)            # a folder that exists is complete
-            known[task] = (O, A, T)
+        for task, fact in facts.items():
+            about = f"{task!r} with (obs_dim, act_dim, T) = {tuple(fact)}"
+            if not task or task.startswith(".") or min(fact) < 1:
+                raise SystemExit(f"cannot store task {about}: expected a name that does not start "
+                                 "with a dot and three positive numbers")
+            if known.get(task, tuple(fact)) != tuple(fact):
+                raise SystemExit(f"{path} holds {task!r} with {known[task]}, not {about}: choose "
+                                 "another folder")
+            if task not in known:
+                cls._make(Path(path) / quote(task, safe=""), task, fact, len(known))
+                known[task] = tuple(fact)
         return cls(path, {t: known[t] for t in facts})
+
+    @staticmethod
+    def _make(folder, task, fact, order):
+        tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        with _full_disk(folder):
+            tmp.mkdir(parents=True)
+            for name, (row, dtype) in _layout(fact).items():
+                (tmp / f"{name}.npy").write_bytes(_header(0, row, dtype))
+            meta = dict(zip(("obs_dim", "act_dim", "T"), fact))
+            meta |= dict(format=FORMAT, task=task, order=order)
+            (tmp / "meta.json").write_text(json.dumps(meta))
+            os.replace(tmp, folder)                # a folder that exists is complete
 
     @staticmethod
     def _metas(path):
@@ -189,12 +202,12 @@ class Episodes:
             try:
                 meta = json.loads(file.read_text())
             except ValueError as e:
-                raise SystemExit(f"{file} is damaged ({e}): restore it, or delete its folder and make it "
-                                 "again")
+                raise SystemExit(f"{file} is damaged ({e}): restore it, or delete its folder and "
+                                 "make it again") from None
             if meta.get("format") != FORMAT:
-                raise SystemExit(f"{file} has format {meta.get('format')}, this data.py reads format "
-                                 f"{FORMAT}: use the data.py that wrote it, or convert again into another "
-                                 "folder")
+                raise SystemExit(f"{file} has format {meta.get('format')}, this data.py reads "
+                                 f"format {FORMAT}: use the data.py that wrote it, or make it "
+                                 "again elsewhere")
             metas.append(meta)
         metas.sort(key=lambda m: (m["order"], m["task"]))
         return {m["task"]: (m["obs_dim"], m["act_dim"], m["T"]) for m in metas}
@@ -204,113 +217,108 @@ class Episodes:
             raise SystemExit(f"{self.path} has no task {task!r}; it has {', '.join(self.tasks)}")
         return self.path / quote(task, safe="") / f"{name}.npy"
 
-    def _count(self, task):
-        """N of a task = the smallest over its files: an append that was cut short counts as not happened."""
-        counts = []
-        for name, (row, dtype) in _layout(self.facts[task]).items():
+    def _maps(self, task):
+        """{name: memory map} of a task, checked; an append that was cut short leaves other
+        lengths."""
+        maps = {}
+        for name, (row, dtype) in _layout(self.facts.get(task, (1, 1, 1))).items():
             file = self._file(task, name)
             try:
-                with open(file, "rb") as f:
-                    np.lib.format.read_magic(f)
-                    shape, _, found = np.lib.format.read_array_header_1_0(f)
-                    start, size = f.tell(), os.fstat(f.fileno()).st_size
+                maps[name] = x = np.load(file, mmap_mode="r")
             except (OSError, ValueError) as e:
-                raise SystemExit(f"{file} cannot be read ({e}): restore it, or delete its folder and make it "
-                                 "again")
-            if shape[1:] != row or found != dtype:
-                raise SystemExit(f"{file} holds {found} {shape}, meta.json says {dtype} {('N', *row)}: "
-                                 "restore it")
-            if size < start + int(np.prod(shape)) * dtype.itemsize:
-                raise SystemExit(f"{file} is cut short: {size} bytes for {shape[0]} episodes; copy it again")
-            counts.append(shape[0])
-        return min(counts)
+                raise SystemExit(f"{file} cannot be read or is cut short ({e}): copy it again, or "
+                                 "delete its folder and make it again") from None
+            if x.shape[1:] != row or x.dtype != dtype:
+                raise SystemExit(f"{file} holds {x.dtype} {x.shape}, meta.json says {dtype} "
+                                 f"{('N', *row)}: restore it")
+        return maps
+
+    def arrays(self, task):
+        """{"obs", "act", "rew", "term", "length"}: read-only memory maps of the episodes there
+        are."""
+        maps = self._maps(task)
+        n = min(map(len, maps.values()))
+        return {name: x[:n] for name, x in maps.items()}
 
     def counts(self):
         """{task: N}, read from the files now (other processes may append)."""
-        return {task: self._count(task) for task in self.tasks}
-
-    def arrays(self, task):
-        """{"obs", "act", "rew", "term", "length"}: read-only memory maps of the N episodes there are now."""
-        n = self._count(task) if task in self.facts else 0               # _file() below explains a wrong name
-        return {name: np.memmap(self._file(task, name), dtype, "r", len(_header(n, row, dtype)), (n, *row))
-                for name, (row, dtype) in _layout(self.facts.get(task, (1, 1, 1))).items()}
+        return {task: len(self.arrays(task)["rew"]) for task in self.tasks}
 
     def append(self, task, obs, act, rew, term):
-        """Add one episode: obs (t+1,O), act (t,A), rew (t,), term (t,), 1 <= t <= T; or several: lists of
-        such arrays. All or nothing, also when the process is killed or the disk is full.  SystemExit: wrong
-        shapes, NaN or inf."""
+        """Add one episode: obs (t+1,O), act (t,A), rew (t,), term (t,), 1 <= t <= T; or several:
+        lists of such arrays.  All or nothing, also when the process is killed or the disk is full.
+        SystemExit: wrong shapes, NaN or inf."""
         self._file(task, "obs")
         O, A, T = self.facts[task]
         many = [obs, act, rew, term]
         if len(rew) and np.ndim(rew[0]) == 0:
             many = [[x] for x in many]             # a single episode
         if len({len(x) for x in many}) > 1:
-            raise SystemExit(f"append({task!r}): {[len(x) for x in many]} episodes in obs, act, rew, term; "
-                             "expected the same number")
-        n = len(many[0])
-        block = {name: np.zeros((n, *row), dtype) for name, (row, dtype) in _layout(self.facts[task]).items()}
+            raise SystemExit(f"append({task!r}): {[len(x) for x in many]} episodes in obs, act, "
+                             "rew, term; expected the same number")
+        n, layout = len(many[0]), _layout(self.facts[task])
+        block = {name: np.zeros((n, *row), dtype) for name, (row, dtype) in layout.items()}
         for i, episode in enumerate(zip(*many)):
-            t = len(episode[2])
-            want = ((t + 1, O), (t, A), (t,), (t,))
             values = [np.asarray(x.detach().cpu() if torch.is_tensor(x) else x) for x in episode]
-            if not 1 <= t <= T or tuple(x.shape for x in values) != want:
+            t, shapes = len(values[2]), [x.shape for x in values]
+            if not 1 <= t <= T or shapes != [(t + 1, O), (t, A), (t,), (t,)]:
                 raise SystemExit(f"append({task!r}): episode {i} has obs, act, rew, term of shapes "
-                                 f"{[x.shape for x in values]}; expected (t+1,{O}) (t,{A}) (t,) (t,) with 1 "
-                                 f"<= t <= {T}: nothing was written")
-            for name, x in zip(("obs", "act", "rew", "term"), values):
-                with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, refused below
+                                 f"{shapes}; expected (t+1,{O}) (t,{A}) (t,) (t,) with 1 <= t <= "
+                                 f"{T}: nothing was written")
+            for name, x in zip(block, values):
+                with np.errstate(over="ignore"):  # beyond float32 is inf, refused below
                     block[name][i, :len(x)] = x
                 if not np.isfinite(block[name][i]).all():
-                    raise SystemExit(f"append({task!r}): episode {i} has NaN or inf in {name}; expected "
-                                     "finite float32 numbers: nothing was written")
+                    raise SystemExit(f"append({task!r}): episode {i} has NaN or inf in {name}; "
+                                     "expected finite float32 numbers: nothing was written")
             block["length"][i] = t
-        self._write(task, block)
+        if n:
+            self._write(task, block)
+
+    @contextmanager
+    def _open_files(self, task):
+        """{name: file descriptor} for writing; a second writer waits for its turn."""
+        import fcntl
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(self._file(task, name), "r+b"))
+                     for name in _layout(self.facts[task])}
+            fcntl.flock(files["obs"], fcntl.LOCK_EX)
+            yield {name: f.fileno() for name, f in files.items()}
 
     def _write(self, task, block):
-        """Append checked arrays (n, *row).  Order makes it safe: all data, fsync, only then the headers that
-        count."""
-        import fcntl
-        n = len(block["length"])
-        layout = _layout(self.facts[task])
-        if n == 0:
-            return
-        with ExitStack() as stack:
-            fds = {name: stack.enter_context(open(self._file(task, name), "r+b")).fileno() for name in layout}
-            fcntl.flock(fds["obs"], fcntl.LOCK_EX)                        # a second writer waits for its turn
-            have = self._count(task)
+        """Append checked arrays (n, *row): all data first, only then the headers that count."""
+        with self._open_files(task) as fds:
+            have = len(self.arrays(task)["rew"])
             size = {name: os.fstat(fd).st_size for name, fd in fds.items()}
-            at = {name: len(_header(0, *layout[name])) + have * x[0].nbytes for name, x in block.items()}
+            start = {name: len(_header(0, *x)) for name, x in _layout(self.facts[task]).items()}
+            at = {name: start[name] + have * x[0].nbytes for name, x in block.items()}
             need = sum(max(0, at[name] + x.nbytes - size[name]) for name, x in block.items())
-            _check_room(self.path, need, f"adding {n} episodes of {task!r}")
+            _check_room(self.path, need, f"adding {len(block['rew'])} episodes of {task!r}")
             try:
                 with _full_disk(self.path):
-                    for name, fd in fds.items():
-                        _pwrite(fd, np.ascontiguousarray(block[name], layout[name][1]), at[name])
-                        os.fsync(fd)
+                    for name, (_, dtype) in _layout(self.facts[task]).items():
+                        _pwrite(fds[name], np.ascontiguousarray(block[name], dtype), at[name])
             except BaseException:
                 for name, fd in fds.items():
                     os.ftruncate(fd, size[name])                             # give the space back
                 raise
-            self._set_count(task, fds, have + n)
+            self._set_count(task, fds, have + len(block["rew"]))
 
     def _set_count(self, task, fds, n):
         for name, (row, dtype) in _layout(self.facts[task]).items():
             _pwrite(fds[name], _header(n, row, dtype), 0)
-            os.fsync(fds[name])
 
     def truncate(self, counts):
-        """Keep the first counts[task] episodes of each task (for an exact resume); the rest is overwritten
-        later."""
-        have = self.counts()
+        """Keep the first counts[task] episodes of each task (for an exact resume); the rest is
+        overwritten later.  SystemExit: there are fewer."""
+        have = {task: len(self.arrays(task)["rew"]) for task in counts}
         for task, n in counts.items():
-            self._file(task, "obs")
             if not 0 <= n <= have[task]:
-                raise SystemExit(f"cannot cut {task!r} in {self.path} to {n} episodes: it has {have[task]}; "
-                                 "the data is older than the checkpoint, start without --resume")
+                raise SystemExit(f"cannot cut {task!r} in {self.path} to {n} episodes: it has "
+                                 f"{have[task]}; the data is older than the checkpoint, start "
+                                 "without --resume")
         for task, n in counts.items():
-            with ExitStack() as stack:
-                fds = {x: stack.enter_context(open(self._file(task, x), "r+b")).fileno()
-                       for x in _layout(self.facts[task])}
+            with self._open_files(task) as fds:
                 self._set_count(task, fds, n)
 
     def state_dict(self):
@@ -321,15 +329,15 @@ class Episodes:
         """Go back to the episodes of a checkpoint: truncate(counts)."""
         self.truncate(counts)
 
-    def sampler(self, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0, resident=None,
-                ends=False):
+    def sampler(self, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0,
+                resident=None, ends=False):
         """A Sampler over the episodes there are now; make a new one after appending."""
         return Sampler(self, tasks, horizon, device, obs_dim, act_dim, held_out, resident, ends)
 
 
-# --------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------- sampling
 def _free_bytes(device):
-    """What a resident data set may take: 60 % of free GPU memory, or half of the RAM that is available."""
+    """What a resident data set may take: 60 % of free GPU memory, or half of the available RAM."""
     if device.type == "cuda":
         return int(0.6 * torch.cuda.mem_get_info(device)[0])
     try:
@@ -340,106 +348,110 @@ def _free_bytes(device):
 
 
 Batch = namedtuple("Batch", "obs act rew term live task")
-Batch.__doc__ = """Slices of H steps: obs (H+1,B,O), act (H,B,A), rew, term, live (H,B), all float32, task (B,) int64.
+Batch.__doc__ = """H steps: obs (H+1,B,O), act (H,B,A), rew, term, live (H,B) f32, task (B,) int64.
 
 term is 1 where a step ended the episode by itself; live is 0 beyond the end of an episode."""
 
 
 class Sampler:
-    """Uniform slices of H steps: task uniform over tasks with data, episode uniform, start uniform in 0..length-H.
+    """Uniform slices of H steps: task uniform over those with data, then episode, then start.
 
-    tasks: names (their position is the id returned).  obs_dim, act_dim: pad with zeros to this width
-    (default: the widest task).  held_out: about this fraction of each task's episodes is kept out of
-    training: numbers 3, 3+k, 3+2k, .. with k = round(1/held_out), so membership never changes as data grows
-    and four episodes have one.
-    ends: for tasks that end by themselves. Slices then start at any step of all episodes, each equally likely: with
-    episodes equally likely, the many short ones of bad policies would crowd out the few long ones of good policies.
-    No episode is too short; beyond the end the last observation and action repeat and live is 0.
-    resident: hold all rows on the device (True), read memory maps (False), or decide by free memory (None);
-    the batches are the same.  Attributes: resident, nbytes (size when resident), too_short (episodes shorter
-    than H).
-    SystemExit: unknown task, no data, a task with short episodes only, widths too small, no room for
-    resident=True."""
+    tasks: names (their position is the id returned).  obs_dim, act_dim: pad with zeros to this
+    width (default: the widest task).  held_out: about this fraction of each task's episodes is kept
+    out of training: numbers 3, 3+k, 3+2k, .. with k = round(1/held_out), so that membership never
+    changes as data grows and four episodes have one. ends: for tasks that end by themselves. Slices
+    then start at any step of all episodes, each equally likely: with episodes equally likely, the
+    many short ones of bad policies would crowd out the few long ones of good policies. Beyond the
+    end the last observation and action repeat, live is 0. resident: hold all rows on the device
+    (True), read memory maps (False), or decide by free memory (None); the batches are the same.
+    Attributes: resident, nbytes (size when resident), too_short (episodes shorter than H).
+    SystemExit: unknown task, no data, only short episodes, widths too small, no room."""
 
-    def __init__(self, episodes, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0,
-                 resident=None, ends=False):
-        self.ends = ends
+    def __init__(self, episodes, tasks, horizon, device="cpu", obs_dim=None, act_dim=None,
+                 held_out=0.0, resident=None, ends=False):
         if not 0 <= held_out <= 0.5 or horizon < 1 or not len(tasks):
-            raise SystemExit(f"sampler: held_out={held_out}, horizon={horizon}, {len(tasks)} tasks; expected "
-                             "0 <= held_out <= 0.5, horizon >= 1 and at least one task")
-        self.tasks, self.horizon, self.device = tuple(tasks), int(horizon), torch.device(device)
+            raise SystemExit(f"sampler: held_out={held_out}, horizon={horizon}, {len(tasks)} "
+                             "tasks; expected 0 <= held_out <= 0.5, horizon >= 1 and at least one "
+                             "task")
+        self.tasks, self.horizon, self.ends = tuple(tasks), int(horizon), ends
+        self.device = torch.device(device)
         self._maps = [episodes.arrays(task) for task in self.tasks]
-        widths = [m["obs"].shape[2] for m in self._maps], [m["act"].shape[2] for m in self._maps]
-        self.obs_dim, self.act_dim = obs_dim or max(widths[0]), act_dim or max(widths[1])
-        if self.obs_dim < max(widths[0]) or self.act_dim < max(widths[1]):
-            raise SystemExit(f"sampler: obs_dim={self.obs_dim}, act_dim={self.act_dim} are too small; the "
-                             f"tasks need {max(widths[0])} and {max(widths[1])}")
+        need = [max(m[name].shape[2] for m in self._maps) for name in ("obs", "act")]
+        self.obs_dim, self.act_dim = obs_dim or need[0], act_dim or need[1]
+        if self.obs_dim < need[0] or self.act_dim < need[1]:
+            raise SystemExit(f"sampler: obs_dim={self.obs_dim}, act_dim={self.act_dim} are too "
+                             f"small; the tasks need {need[0]} and {need[1]}")
+        self._columns = {"obs": ((self.obs_dim,), torch.float32), "rew": ((), torch.float32),
+                         "act": ((self.act_dim,), torch.float32), "term": ((), torch.bool)}
         self._pools = self._split(held_out)
-        self._tables = {}                        # copies of the pools on the devices of the generators in use
-        rows = np.array([m["obs"].shape[0] * m["obs"].shape[1] for m in self._maps], np.int64)
-        self._row0 = torch.from_numpy(np.cumsum(rows) - rows).to(self.device)  # (K,) first flat row of a task
-        self._rows = torch.tensor([m["obs"].shape[1] for m in self._maps], device=self.device)   # (K,) T+1
-        self._columns = {"obs": ((self.obs_dim,), torch.float32), "act": ((self.act_dim,), torch.float32),
-                         "rew": ((), torch.float32), "term": ((), torch.bool)}
-        self.nbytes = int(rows.sum()) * ((self.obs_dim + self.act_dim + 1) * 4 + 1)
-        free = _free_bytes(self.device)
-        self.resident = self.nbytes <= free if resident is None else resident
-        if resident and self.nbytes > free:
-            raise SystemExit(f"resident data needs {self.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB may be "
-                             f"used on {self.device}: use resident=False, fewer tasks, or another device")
-        if self.resident:
-            self._load(int(rows.sum()))
+        self._tables = {}  # copies of the pools on the devices of generators
+        self._place(resident)
 
     def _split(self, held_out):
-        """[training, held-out] pools: first, count (K,) per task into ep, room (number of starts) of all
-        episodes."""
+        """[training, held-out] pools, see _pool."""
         self.too_short, picks = 0, ([], [])
         for task, m in zip(self.tasks, self._maps):
             length = np.array(m["length"])
             number = np.arange(len(length))
-            held = (number >= 3) & ((number - 3) % round(1 / held_out) == 0) if held_out else number < 0
-            fits = length >= (1 if self.ends else self.horizon)
+            held = (number - 3) % round(1 / held_out) == 0 if held_out else number < 0
+            held, fits = held & (number >= 3), length >= (1 if self.ends else self.horizon)
             self.too_short += int((~fits).sum())
             train, held = np.flatnonzero(fits & ~held), np.flatnonzero(fits & held)
             if len(number) and not len(train):
-                raise SystemExit(f"task {task!r} has no training episode of {self.horizon} steps or more "
-                                 f"(its {len(number)} episodes have {length.max()} at most): use a smaller "
-                                 "horizon or collect longer episodes")
+                raise SystemExit(f"task {task!r} has no training episode of {self.horizon} steps "
+                                 f"or more (its {len(number)} episodes have {length.max()} at "
+                                 "most): use a smaller horizon or collect longer episodes")
             for pick, numbers in zip(picks, (train, held if len(held) else train)):
                 pick.append((numbers, length[numbers] - (0 if self.ends else self.horizon - 1)))
-        pools = []
-        for pick in picks:
-            count = np.array([len(numbers) for numbers, _ in pick], np.int64)
-            ep, room = (np.concatenate(x) for x in zip(*pick))
-            first, until = np.cumsum(count) - count, np.cumsum(room)         # (K,) episodes, starts up to here
-            before, after = (np.append(0, until)[i] for i in (first, first + count))         # (K,) starts
-            pools.append({"first": first, "count": count, "active": np.flatnonzero(count), "ep": ep, "room": room,
-                          "until": until, "before": before, "starts": after - before})
-        if not len(pools[0]["active"]):
-            raise SystemExit(f"none of {', '.join(self.tasks)} has episodes yet: collect or convert some "
-                             "first")
-        return pools
+        if not any(len(numbers) for numbers, _ in picks[0]):
+            raise SystemExit(f"none of {', '.join(self.tasks)} has episodes yet: collect or "
+                             "convert some first")
+        return [self._pool(pick) for pick in picks]
 
-    def _load(self, rows):
-        """Flat (rows, .) tensors; act, rew and term get one unused row per episode, so one index serves all."""
-        self._flat = {name: torch.zeros(rows, *width, dtype=dtype, device=self.device)
-                      for name, (width, dtype) in self._columns.items()}
+    @staticmethod
+    def _pool(pick):
+        """Of [(episodes, starts in each)] per task: ep, room (number of starts), until (their
+        running sum) of all episodes; and per task where its episodes and its starts begin, and
+        their number."""
+        ep, room = (np.concatenate(x) for x in zip(*pick))
+        count = np.array([len(numbers) for numbers, _ in pick], np.int64)
+        first, until = np.cumsum(count) - count, np.cumsum(room)
+        before, after = (np.append(0, until)[i] for i in (first, first + count))
+        return {"ep": ep, "room": room, "until": until, "first": first, "count": count,
+                "before": before, "starts": after - before, "active": np.flatnonzero(count)}
+
+    def _place(self, resident):
+        """Decide where the rows are; flat (rows, .) tensors when they are resident."""
+        rows = np.array([m["obs"].shape[0] * m["obs"].shape[1] for m in self._maps], np.int64)
+        self._row0 = torch.from_numpy(np.cumsum(rows) - rows).to(self.device)  # (K,) first row
+        self._rows = torch.tensor([m["obs"].shape[1] for m in self._maps], device=self.device)
+        self.nbytes = int(rows.sum()) * ((self.obs_dim + self.act_dim + 1) * 4 + 1)
+        free = _free_bytes(self.device)
+        self.resident = self.nbytes <= free if resident is None else resident
+        if resident and self.nbytes > free:
+            raise SystemExit(f"resident data needs {self.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} "
+                             f"GB may be used on {self.device}: use resident=False, fewer tasks, "
+                             "or another device")
+        # act, rew and term get one unused row per episode, so that one index serves all
+        self._flat = {name: torch.zeros(int(rows.sum()), *width, dtype=dtype, device=self.device)
+                      for name, (width, dtype) in self._columns.items() if self.resident}
         for m, row in zip(self._maps, self._row0.tolist()):
-            (n, T1, O), f = m["obs"].shape, self._flat
-            step = max(1, (64 << 20) // (4 * T1 * O))                        # read about 64 MB at a time
-            for a in range(0, n, step):
+            (n, T1, O), step = m["obs"].shape, max(1, (64 << 20) // (4 * m["obs"][:1].size + 1))
+            for a in range(0, n if self.resident else 0, step):  # about 64 MB at a time
                 b = min(a + step, n)
-                for name in f:
-                    x = torch.from_numpy(np.array(m[name][a:b]))             # (n,T,O) or (n,T)
-                    to = f[name][row + a * T1:row + b * T1].view(b - a, T1, *f[name].shape[1:])
+                for name, flat in self._flat.items():
+                    x = torch.from_numpy(np.array(m[name][a:b]))              # (n,T,O) or (n,T)
+                    to = flat[row + a * T1:row + b * T1].view(b - a, T1, *flat.shape[1:])
                     (to[:, :x.shape[1], :x.shape[2]] if x.ndim > 2 else to[:, :x.shape[1]]).copy_(x)
 
     def _draw(self, task, held_out, generator):
-        """Episode number, start and length of the episode (B,) for task ids (B,), on the generator's device."""
+        """Episode, start and length of the episode (B,) for task ids (B,), on the generator's
+        device."""
         pool = self._table(held_out, generator)
-        # double precision: u < 1 gives floor(u * n) < n for every n here, and no episode is favoured
-        u = torch.rand(2, *task.shape, dtype=torch.float64, generator=generator, device=generator.device)
-        if self.ends:                            # all starts in a row, by number
+        # double precision: u < 1 gives floor(u * n) < n for every n, and no episode is favoured
+        u = torch.rand(2, *task.shape, dtype=torch.float64, generator=generator,
+                       device=generator.device)
+        if self.ends:                              # all starts in a row, by number
             at = pool["before"][task] + (u[0] * pool["starts"][task]).long()
             pick = torch.searchsorted(pool["until"], at, right=True)
             room = pool["room"][pick]
@@ -452,55 +464,61 @@ class Sampler:
         key = bool(held_out), generator.device
         if key not in self._tables:
             pool = self._pools[key[0]]
-            self._tables[key] = {x: torch.from_numpy(v.astype(np.int64)).to(key[1]) for x, v in pool.items()}
+            self._tables[key] = {name: torch.from_numpy(x.astype(np.int64)).to(generator.device)
+                                 for name, x in pool.items()}
         return self._tables[key]
 
     def _send(self, x):
         return x.to(self.device, non_blocking=True)
 
     def _gather(self, task, ep, steps):
-        """steps {name: (n,B)}, task and ep (B,) -> [(n,B,width) or (n,B) f32 on the device], and task there."""
+        """steps {name: (n,B)}, task and ep (B,) -> [(n,B,width) or (n,B) f32], task on the
+        device."""
         if self.resident:
             task = self._send(task)
             first = self._row0[task] + self._send(ep) * self._rows[task]     # (B,)
-            return [self._flat[name][first + self._send(t)].float() for name, t in steps.items()], task
-        ids, ep = task.cpu().numpy(), ep.cpu().numpy()
-        out, steps = [], {name: t.cpu().numpy() for name, t in steps.items()}
-        groups = [(k, np.flatnonzero(ids == k)) for k in np.unique(ids)]     # one gather per task, not per episode
+            rows = {name: first + self._send(t) for name, t in steps.items()}
+            return [self._flat[name][i].float() for name, i in rows.items()], task
+        ids, ep, out = task.cpu().numpy(), ep.cpu().numpy(), []
+        groups = [(k, np.flatnonzero(ids == k)) for k in np.unique(ids)]  # one gather per task
         for name, t in steps.items():
-            x = torch.zeros(*t.shape, *self._columns[name][0], pin_memory=self.device.type == "cuda")  # copies overlap
+            pinned = self.device.type == "cuda"                              # copies overlap work
+            x = torch.zeros(*t.shape, *self._columns[name][0], pin_memory=pinned)
             for k, b in groups:
-                part = np.asarray(self._maps[k][name])[ep[b], t[:, b]]
+                part = np.asarray(self._maps[k][name])[ep[b], t.cpu().numpy()[:, b]]
                 (x.numpy()[..., :part.shape[2]] if part.ndim > 2 else x.numpy())[:, b] = part
             out.append(self._send(x))
         return out, self._send(task)
 
     def sequences(self, batch, generator, held_out=False):
-        """A Batch on the device.  generator: a torch.Generator on the CPU or on the device.  A task without held-out
-        episodes gives training ones."""
+        """A Batch on the device.  generator: a torch.Generator on the CPU or on the device.  A task
+        without held-out episodes gives training ones."""
         active, H = self._table(held_out, generator)["active"], self.horizon
-        task = active[torch.randint(len(active), (batch,), generator=generator, device=generator.device)]
-        ep, start, length = self._draw(task, held_out, generator)            # (B,) (B,) (B,)
+        task = torch.randint(len(active), (batch,), generator=generator, device=generator.device)
+        task = active[task]
+        ep, start, length = self._draw(task, held_out, generator)            # (B,) each
         step = start + torch.arange(H + 1, device=start.device)[:, None]     # (H+1,B)
         live = self._send((step[:-1] < length).float())
-        at = torch.minimum(step[:-1], length - 1)                            # beyond the end the last one repeats
+        at = torch.minimum(step[:-1], length - 1)
         steps = {"obs": torch.minimum(step, length), "act": at, "rew": at, "term": at}
         (obs, act, rew, term), task = self._gather(task, ep, steps)
         return Batch(obs, act, rew, term * live, live, task)
 
     def starts(self, per_task, generator):
-        """obs (K, per_task, O) f32: first rows of training slices, the same distribution as sequences().
+        """obs (K, per_task, O) f32: first rows of training slices, as sequences() draws them.
         SystemExit: a task without episodes."""
         if len(self._pools[0]["active"]) < len(self.tasks):
             empty = [t for t, n in zip(self.tasks, self._pools[0]["count"]) if n == 0]
-            raise SystemExit(f"task {empty[0]!r} has no episodes: collect or convert some, or leave it out")
-        task = torch.arange(len(self.tasks), device=generator.device).repeat_interleave(per_task)
+            raise SystemExit(f"task {empty[0]!r} has no episodes: collect or convert some, or "
+                             "leave it out")
+        tasks = torch.arange(len(self.tasks), device=generator.device)
+        task = tasks.repeat_interleave(per_task)
         ep, start, _ = self._draw(task, False, generator)                    # (K * per_task,) each
         (obs,), _ = self._gather(task, ep, {"obs": start[None]})
         return obs.view(len(self.tasks), per_task, self.obs_dim)
 
 
-# ----------------------------------------------------------- reading torch files without running them
+# ------------------------------------------------------ reading torch files without running them
 class _Object:
     """Stands for an instance of a class that is never imported: keeps arguments and attributes."""
     args, state = (), {}                           # unpickling may skip __init__
@@ -512,7 +530,7 @@ class _Object:
         self.state = state
 
 
-_NUMPY = {name: type(name, (_Object,), {}) for name in ("dtype", "ndarray", "_reconstruct", "scalar")}
+_NUMPY = {x: type(x, (_Object,), {}) for x in ("dtype", "ndarray", "_reconstruct", "scalar")}
 
 
 def _stand_in(name):
@@ -547,7 +565,7 @@ def _plain(x):
     if isinstance(x, (_NUMPY["_reconstruct"], _NUMPY["scalar"])):
         return _numbers(x)
     if isinstance(x, _Object):
-        state = x.args[1] if len(x.args) == 2 else x.state  # tensordict pickles f(cls, state) since 2025
+        state = x.args[1] if len(x.args) == 2 else x.state  # tensordict of 2025: f(cls, state)
         return _plain(state.get("_tensordict", state))
     if isinstance(x, torch.device):
         return str(x)
@@ -561,10 +579,10 @@ def _plain(x):
 def safe_load(path, mmap=True):
     """Nested dict/list/tuple of tensors from a file of torch.save; nothing in it is executed.
 
-    Reads plain containers, state dicts, TensorDicts (both pickle layouts; tensordict is not needed),
-    numpy numbers.  mmap: tensors are private copy-on-write views of the file, so that opening 13 GB
-    is instant; False: read all.  SystemExit: no such file, no torch zip file, cut short, damaged, or
-    a name that is not known to be harmless."""
+    Reads plain containers, state dicts, TensorDicts (both pickle layouts; tensordict is not
+    needed), numpy numbers.  mmap: tensors are private copy-on-write views of the file, so that
+    opening 13 GB is instant; False: read all.  SystemExit: no such file, no torch zip file, cut
+    short, damaged, or a name that is not known to be harmless."""
     path = Path(path)
     if not path.exists():
         raise SystemExit(f"no file {path}: expected a file written by torch.save")
@@ -572,64 +590,71 @@ def safe_load(path, mmap=True):
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as f:
                 cut = f.read(2) == b"PK"
-            raise SystemExit(f"{path} ({path.stat().st_size} bytes) " + (
-                "is cut short: get it again" if cut else "is no file of torch.save (>= 1.6)"))
+            kind = "is cut short: get it again" if cut else "is no file of torch.save (>= 1.6)"
+            raise SystemExit(f"{path} ({path.stat().st_size} bytes) {kind}")
         with zipfile.ZipFile(path) as archive:
             stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
-        names = {x: _stand_in(x) for x in torch.serialization.get_unsafe_globals_in_checkpoint(path)}
-        if strange := [x for x, known in names.items() if known is None]:
-            raise SystemExit(f"{path} asks for {strange[0]}, which is not on the list of harmless names: "
-                             "refused, nothing was executed; if you trust the file, re-save it as a dict "
-                             "of tensors")
-        with torch.serialization.safe_globals(list(names.values())):
-            x = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and stored)
-        return _plain(x)
-    except Exception as e:                     # whatever a damaged pickle can cause; nothing has been changed
-        raise SystemExit(f"{path} is damaged or no torch file ({type(e).__name__}: "
-                         f"{' '.join(str(e).split())[:200]}): get it again") from e
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if strange := [x for x in names if not _stand_in(x)]:
+            raise SystemExit(f"{path} asks for {strange[0]}, which is not on the list of harmless "
+                             "names: refused, nothing was executed; if you trust the file, re-save "
+                             "it as a dict of tensors")
+        with torch.serialization.safe_globals(list(map(_stand_in, names))):
+            mmap = mmap and stored
+            return _plain(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+    except Exception as e:           # whatever a damaged pickle can cause; nothing has been changed
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        if "unable to mmap" in why:  # a file of more than all memory
+            raise SystemExit(f"{path} is larger than the memory of this machine ({why}): read it "
+                             "on a larger one") from e
+        raise SystemExit(f"{path} is damaged or no torch file ({why}): get it again") from e
 
 
-# --------------------------------------------------------------------------------------------------- frames
+# ----------------------------------------------------------------------------------------- frames
 class Frames:
     """Pixels of K environments that step together, on memory maps that may be larger than RAM.
 
-    Arrays (K, N, ..): obs uint8 (.., size, size, 3), act f32 (.., A), rew f32, term bool, first bool. Row t holds o_t,
-    the action taken there, its reward, whether it ended (a life or the episode), and whether o_t opens an episode.
-    N is fixed and nothing is overwritten: whoever remembers `count` can go back to it after a crash.
-    SystemExit: no room on the disk, or files that belong to other sizes."""
+    Arrays (K, N, ..): obs uint8 (.., size, size, 3), act f32 (.., A), rew f32, term bool, first
+    bool.  Row t holds o_t, the action taken there, its reward, whether it ended (a life or the
+    episode), and whether o_t opens an episode.  N is fixed and nothing is overwritten: whoever
+    remembers `count` can go back to it after a crash. SystemExit: no room on the disk, or files
+    that belong to other sizes."""
 
     def __init__(self, path, K, N, act_dim, size=64):
-        self.path, self.count = Path(path), 0
-        layout = {"obs": ((K, N, size, size, 3), np.uint8), "act": ((K, N, act_dim), np.float32),
-                  "rew": ((K, N), np.float32), "term": ((K, N), np.bool_), "first": ((K, N), np.bool_)}
+        self.path, self.count, self.N, self.arrays = Path(path), 0, N, {}
+        rows = {"obs": ((size, size, 3), "u1"), "act": ((act_dim,), "f4"), "rew": ((), "f4"),
+                "term": ((), "?"), "first": ((), "?")}
+        files = {name: self.path / f"{name}.npy" for name in rows}
+        new = {name for name, file in files.items() if not file.exists()}
+        size_of = {name: np.dtype(x).itemsize * math.prod(row) for name, (row, x) in rows.items()}
         with _full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            new = {name: x for name, x in layout.items() if not (self.path / f"{name}.npy").exists()}
-            need = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in new.values())
+            need = K * N * sum(size_of[name] for name in new)
             _check_room(self.path, need, f"a replay of {K} x {N:,} frames")
-            for name, (shape, dtype) in layout.items():
-                file = self.path / f"{name}.npy"
-                x = np.lib.format.open_memmap(file, "w+" if name in new else "r+", dtype, shape)
-                # reserve the space: a map that finds the disk full kills the process (macOS has no such call)
-                if name in new and hasattr(os, "posix_fallocate"):
-                    with open(file, "r+b") as f:
+            for name, (row, dtype) in rows.items():
+                how = "w+" if name in new else "r+"
+                x = np.lib.format.open_memmap(files[name], how, dtype, (K, N, *row))
+                # reserve the space: a map that finds the disk full kills the process
+                if name in new and hasattr(os, "posix_fallocate"):  # macOS has no such call
+                    with open(files[name], "r+b") as f:
                         os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
-                if x.shape != shape or x.dtype != dtype:
-                    raise SystemExit(f"{file} holds {x.dtype} {x.shape}; expected {np.dtype(dtype)} {shape}: choose "
-                                     "another folder")
+                if x.shape != (K, N, *row) or x.dtype != dtype:
+                    raise SystemExit(f"{files[name]} holds {x.dtype} {x.shape}; expected {dtype} "
+                                     f"{(K, N, *row)}: choose another folder")
+                self.arrays[name] = x
                 setattr(self, name, x)
 
     def append(self, obs, act, rew, term, first):
         """One step of all environments: (K, ..) each."""
-        for name, x in (("obs", obs), ("act", act), ("rew", rew), ("term", term), ("first", first)):
-            getattr(self, name)[:, self.count] = x
+        for to, x in zip(self.arrays.values(), (obs, act, rew, term, first)):
+            to[:, self.count] = x
         self.count += 1
 
     def flush(self):
         """Bring everything to the disk: call it before a checkpoint that remembers `count`."""
         with _full_disk(self.path):
-            for name in ("obs", "act", "rew", "term", "first"):
-                getattr(self, name).flush()
+            for x in self.arrays.values():
+                x.flush()
 
     def state_dict(self):
         """What a checkpoint must remember, after bringing the rows to the disk: {count}."""
@@ -637,165 +662,184 @@ class Frames:
         return {"count": self.count}
 
     def load_state_dict(self, state):
-        """Go back to the rows of a checkpoint.  SystemExit: fewer rows are possible here."""
-        if state["count"] > self.rew.shape[1]:
-            raise SystemExit(f"{self.path} has room for {self.rew.shape[1]} rows, the checkpoint has {state['count']}: "
-                             "it belongs to another folder")
+        """Go back to the rows of a checkpoint.  SystemExit: it has more rows than fit here."""
+        if state["count"] > self.N:
+            raise SystemExit(f"{self.path} has room for {self.N} rows, the checkpoint has "
+                             f"{state['count']}: it belongs to another folder")
         self.count = state["count"]
 
     def sample(self, B, L, rng, device="cpu", tasks=None, since=0):
-        """Uniform windows of L steps, none from before row `since`, for each of `tasks`: obs (k,B,L,size,size,3)
-        uint8, act (k,B,L,A), rew, term and first (k,B,L). They may cross the ends of episodes."""
+        """Uniform windows of L steps, none from before row `since`, for each of `tasks`: obs
+        (k,B,L,size,size,3) uint8, act (k,B,L,A), rew, term and first (k,B,L).  They may cross the
+        ends of episodes.  SystemExit: fewer rows than L."""
         if L > self.count - since:
-            raise SystemExit(f"{self.path} has {self.count - since} steps per task, fewer than the {L} of a window: "
-                             "collect more random steps first, or sample shorter sequences")
+            raise SystemExit(f"{self.path} has {self.count - since} steps per task, fewer than the "
+                             f"{L} of a window: collect more random steps first, or sample shorter "
+                             "sequences")
         rows = np.arange(len(self.rew)) if tasks is None else np.asarray(tasks)
         start = rng.integers(since, self.count - L + 1, size=(len(rows), B, 1))
         at = rows[:, None, None], start + np.arange(L)
         return [torch.from_numpy(np.asarray(x[at])).to(device, non_blocking=True)
-                for x in (self.obs, self.act, self.rew, self.term, self.first)]
+                for x in self.arrays.values()]
 
 
-# ------------------------------------------------------------------------------------- published TD-MPC2 data
+# -------------------------------------------------------------------------- published TD-MPC2 data
+CHUNK = ("obs", "action", "reward", "task")
+
+
+def _check_chunk(path, data):
+    """Shapes of the arrays of one chunk.  SystemExit: another layout."""
+    shapes = {}
+    if isinstance(data, dict):
+        shapes = {x: tuple(getattr(data.get(x), "shape", ())) for x in CHUNK}
+    rows = shapes.get("reward", ())
+    fits = [len(x) for x in shapes.values()] == [3, 3, 2, 2] and rows[1] > 1
+    if not fits or {x[:2] for x in shapes.values()} != {rows}:
+        raise SystemExit(f"{path} holds {shapes or type(data).__name__}; expected obs (N,R,O), "
+                         "action (N,R,A), reward (N,R), task (N,R)")
+    return shapes
+
+
 def _chunks(src):
-    """The chunk files in order, opened: [(path, {obs (N,R,O), action (N,R,A), reward (N,R), task (N,R)})]."""
+    """The chunk files in order, opened: [(path, {obs (N,R,O), action (N,R,A), reward, task
+    (N,R)})]."""
     found = {int(p.stem[6:]): p for p in Path(src).glob("chunk_*.pt") if p.stem[6:].isdigit()}
     if not found:
         raise SystemExit(f"no chunk_0.pt, chunk_1.pt, .. in {src}: download mt30 or mt80 of "
                          "huggingface.co/datasets/nicklashansen/tdmpc2 into it")
-    missing = sorted(set(range(max(found))) - set(found))
-    if missing:
-        raise SystemExit(f"{src} has chunk_{max(found)}.pt but no chunk_{missing[0]}.pt: download the "
-                         "missing file")
-    chunks = []
-    for i in range(len(found)):
-        data = safe_load(found[i])
-        shapes = {x: tuple(getattr(data.get(x), "shape", ())) for x in ("obs", "action", "reward", "task")} \
-            if isinstance(data, dict) else {}
-        rows = shapes.get("reward")
-        if not rows or len(rows) != 2 or rows[1] < 2 or shapes["task"] != rows or \
-                any(shapes[x][:2] != rows or len(shapes[x]) != 3 for x in ("obs", "action")):
-            raise SystemExit(f"{found[i]} holds {shapes or type(data).__name__}; expected obs (N,R,O), "
-                             "action (N,R,A), reward (N,R), task (N,R)")
-        widths = [(d["obs"].shape[1:], d["action"].shape[2]) for _, d in chunks[:1]]
-        if widths and widths[0] != (shapes["obs"][1:], shapes["action"][2]):
-            raise SystemExit(f"{found[i]} has obs {shapes['obs']}, action {shapes['action']}; chunk_0.pt has "
-                             "other sizes: keep mt30 and mt80 in two folders")
-        chunks.append((found[i], {x: data[x].numpy() for x in shapes}))
+    if missing := sorted(set(range(max(found))) - set(found)):
+        raise SystemExit(f"{src} has chunk_{max(found)}.pt but no chunk_{missing[0]}.pt: download "
+                         "the missing file")
+    chunks, widths = [], None
+    for _, path in sorted(found.items()):
+        data = safe_load(path)
+        shapes = _check_chunk(path, data)
+        widths = widths or (shapes["obs"][1:], shapes["action"][2])
+        if widths != (shapes["obs"][1:], shapes["action"][2]):
+            raise SystemExit(f"{path} has obs {shapes['obs']}, action {shapes['action']}; "
+                             "chunk_0.pt has other sizes: keep mt30 and mt80 in two folders")
+        chunks.append((path, {x: data[x].numpy() for x in CHUNK}))
     return chunks
 
 
 def _slab(path, data, a, b, tasks, facts):
-    """Episodes a..b of one chunk as checked blocks {task: arrays for Episodes._write}, file order kept."""
-    # Row t >= 1 holds the action and reward that led to observation t; row 0's are filler and are never read.
-    obs, act, rew, ids = data["obs"][a:b], data["action"][a:b, 1:], data["reward"][a:b, 1:], data["task"][a:b]
-    blocks = {}
+    """Episodes a..b of one chunk as checked blocks {task: arrays for Episodes._write}."""
+    # row t >= 1 holds action and reward that led to observation t; those of row 0 are filler
+    obs, ids = data["obs"][a:b], data["task"][a:b]
+    act, rew, blocks = data["action"][a:b, 1:], data["reward"][a:b, 1:], {}
     for i in np.unique(ids[:, 1]):
         n, task = np.flatnonzero(ids[:, 1] == i), tasks[i]
         O, A, T = facts[task]
         o, u, r = obs[n], act[n], rew[n]
         mixed = (ids[n, 1:] != i).any(1)
-        bad = ~(np.isfinite(o).all((1, 2)) & np.isfinite(u).all((1, 2)) & np.isfinite(r).all(1))
+        fine = np.isfinite(o).all((1, 2)) & np.isfinite(u).all((1, 2)) & np.isfinite(r).all(1)
         wide = (o[..., O:] != 0).any((1, 2)) | (u[..., A:] != 0).any((1, 2))
-        for wrong, what in ((mixed, "more than one task id"), (bad, "NaN or inf after row 0"),
+        for wrong, what in ((mixed, "more than one task id"), (~fine, "NaN or inf after row 0"),
                             (wide, f"numbers beyond obs_dim {O} or act_dim {A}")):
             if wrong.any():
-                raise SystemExit(f"{path}: episode {a + n[wrong.argmax()]} of task {task!r} has {what}: "
-                                 "download the file again, or correct `tasks` and `dims`")
+                raise SystemExit(f"{path}: episode {a + n[wrong.argmax()]} of task {task!r} has "
+                                 f"{what}: download the file again, or correct `tasks` and `dims`")
         blocks[task] = {"obs": o[..., :O], "act": u[..., :A], "rew": r,
                         "term": np.zeros((len(n), T), bool), "length": np.full(len(n), T, np.int32)}
     return blocks
 
 
-def convert_tdmpc2(src, dst, tasks=None, dims=None, progress=True):
-    """Published chunk_*.pt in `src` -> Episodes in `dst`; returns them.  Killed at any moment, the same call goes on.
-
-    tasks: names in the order of the ids in the files (default: task-0, task-1, ..; pwm.py passes MT30 or MT80).
-    dims: {task: (obs_dim, act_dim)} drops the padding columns after checking that they are zero (default: keeps them).
-    RAM: about three times SLAB_BYTES.  SystemExit: missing, cut or inconsistent chunks, NaN/inf, full disk, a `dst`
-    that holds something else; what was converted before stays valid."""
-    from tqdm import tqdm
-    dst = Path(dst)
-    book, journal = dst / "convert.json", None
-    if book.exists():
-        journal = json.loads(book.read_text())
-        if journal["complete"] and not Path(src).exists():              # the chunks may be deleted afterwards
-            return Episodes.open(dst, tasks)
-    elif Episodes._metas(dst):
-        raise SystemExit(f"{dst} already holds episodes of another origin: choose another folder")
-    chunks = _chunks(src)
-    ids = [np.array(d["task"][:, 1]) for _, d in chunks]                     # one id per episode
+def _name_tasks(src, chunks, tasks, dims):
+    """([task ids (N,) of each chunk], {task: (obs_dim, act_dim, T)})."""
+    ids = [np.array(data["task"][:, 1]) for _, data in chunks]
     top = max(int(i.max(initial=-1)) for i in ids) + 1
-    tasks = tuple(tasks or (f"task-{i}" for i in range(top)))
+    tasks = tuple(tasks or map("task-{}".format, range(top)))
     lacking = [task for task in tasks if dims and task not in dims]
     if lacking:
-        raise SystemExit(f"dims has no (obs_dim, act_dim) for {lacking[0]!r}: give one for every task, or "
-                         "leave it out")
+        raise SystemExit(f"dims has no (obs_dim, act_dim) for {lacking[0]!r}: give one for every "
+                         "task, or leave it out")
     if top > len(tasks) or min(int(i.min(initial=0)) for i in ids) < 0:
-        raise SystemExit(f"{src} has task ids up to {top - 1} but {len(tasks)} names were given: mt30 has "
-                         "30, mt80 80")
-    _, R, O = chunks[0][1]["obs"].shape
-    A = chunks[0][1]["action"].shape[2]
-    facts = {task: (*(dims[task] if dims else (O, A)), R - 1) for task in tasks}
+        raise SystemExit(f"{src} has task ids up to {top - 1} but {len(tasks)} names were given: "
+                         "mt30 has 30, mt80 80")
+    (_, R, O), A = chunks[0][1]["obs"].shape, chunks[0][1]["action"].shape[2]
+    return ids, {task: (*(dims[task] if dims else (O, A)), R - 1) for task in tasks}
+
+
+def _open_journal(book, facts, sizes):
+    """What was converted: {facts, chunks, at: [chunk, episode], counts, complete}; {} at the start.
+    SystemExit: of something else, or episodes of another origin."""
+    if not book.exists():
+        if Episodes._metas(book.parent):
+            raise SystemExit(f"{book.parent} already holds episodes of another origin: choose "
+                             "another folder")
+        return {"at": [0, 0], "counts": {}, "complete": False}
+    journal = json.loads(book.read_text())
+    began = {task: tuple(fact) for task, fact in journal["facts"].items()}
+    if list(began.items()) != list(facts.items()) or not journal["chunks"].items() <= sizes.items():
+        raise SystemExit(f"{book} was begun with other tasks, dims or chunks: choose another "
+                         f"folder, or delete {book.parent}")
+    return journal
+
+
+def convert_tdmpc2(src, dst, tasks=None, dims=None, progress=True):
+    """Published chunk_*.pt in `src` -> Episodes in `dst`.  Killed at any moment, the same call goes
+    on.
+
+    tasks: names in the order of the ids in the files (default: task-0, task-1, ..; pwm.py passes
+    MT30 or MT80).  dims: {task: (obs_dim, act_dim)} drops the padding columns after checking that
+    they are zero (default: keeps them).  RAM: about three times SLAB_BYTES. SystemExit: missing,
+    cut or inconsistent chunks, NaN/inf, full disk, a `dst` that holds something else; what was
+    converted before stays valid."""
+    from tqdm import tqdm
+    book = Path(dst) / "convert.json"
+    if not Path(src).exists() and book.exists() and json.loads(book.read_text())["complete"]:
+        return Episodes.open(dst, tasks)           # the chunks may be deleted afterwards
+    chunks = _chunks(src)
+    ids, facts = _name_tasks(src, chunks, tasks, dims)
     sizes = {path.name: path.stat().st_size for path, _ in chunks}
-    if journal is None:
-        journal = {"facts": {}, "chunks": sizes, "at": [0, 0], "counts": {}, "complete": False}
-    elif [(t, tuple(f)) for t, f in journal["facts"].items()] != list(facts.items()) or \
-            not journal["chunks"].items() <= sizes.items():
-        raise SystemExit(f"{book} was begun with other tasks, dims or chunks: choose another folder, or "
-                         f"delete {dst}")
-    total = np.bincount(np.concatenate(ids), minlength=len(tasks))
-    need = sum((int(n) - journal["counts"].get(task, 0)) * sum(
-        int(np.prod(row)) * dtype.itemsize for row, dtype in _layout(facts[task]).values())
-        for task, n in zip(tasks, total))
-
-    def note(**news):
-        journal.update(facts=facts, chunks=sizes, **news)
-        with _full_disk(book):
-            _write_atomic(book, lambda f: f.write(json.dumps(journal).encode()))
-
+    journal = _open_journal(book, facts, sizes) | dict(facts=facts, chunks=sizes)
     with _full_disk(dst):
-        dst.mkdir(parents=True, exist_ok=True)
+        Path(dst).mkdir(parents=True, exist_ok=True)
+    total, need = np.bincount(np.concatenate(ids), minlength=len(facts)), 0
+    for n, (task, fact) in zip(total.tolist(), facts.items()):
+        one = sum(math.prod(row) * dtype.itemsize for row, dtype in _layout(fact).values())
+        need += (n - journal["counts"].get(task, 0)) * one
     _check_room(dst, need, f"converting {src}")
-    note()                                    # before the first folder, so that a restart knows they are ours
+    write_json(book, journal)  # before the first folder, so that a restart knows they are ours
     episodes = Episodes.create(dst, facts)
-    episodes.truncate({task: journal["counts"].get(task, 0) for task in tasks})    # forget an unfinished slab
+    episodes.truncate({t: journal["counts"].get(t, 0) for t in facts})  # forget an unfinished slab
+    slab = max(1, SLAB_BYTES // (4 * sum(x[0].size for x in chunks[0][1].values())))
     first, begin = journal["at"]
-    slab = max(1, SLAB_BYTES // (R * (O + A + 2) * 4))
-    bar = tqdm(total=int(total.sum()), initial=sum(journal["counts"].values()), unit="episode",
-               desc="convert", disable=None if progress else True)
-    with bar:
-        for c, (path, data) in enumerate(chunks):
-            for a in range(begin if c == first else 0, len(ids[c]) if c >= first else 0, slab):
+    with tqdm(total=int(total.sum()), initial=sum(journal["counts"].values()), unit="episode",
+              desc="convert", disable=None if progress else True) as bar:
+        for c, (path, data) in enumerate(chunks[first:], first):
+            for a in range(begin if c == first else 0, len(ids[c]), slab):
                 b = min(a + slab, len(ids[c]))
-                for task, block in _slab(path, data, a, b, tasks, facts).items():  # all checked by now
-                    episodes._write(task, block)
-                note(at=[c, b], counts=episodes.counts(), complete=False)
+                for task, block in _slab(path, data, a, b, tuple(facts), facts).items():
+                    episodes._write(task, block)   # all are checked by now
+                journal |= dict(at=[c, b], counts=episodes.counts(), complete=False)
+                write_json(book, journal)
                 bar.update(b - a)
-    note(complete=True)
+    write_json(book, journal | dict(complete=True))
     return episodes
 
 
 # ------------------------------------------------------------------------- video made on the spot
-VIDEO_VERSION = 1        # of what is rendered; raise it when the same recipe would give other pixels
-PART_CLIPS = 20          # clips in one file of a cache, which is what a killed rendering loses at most
-FORK_STEPS = 4           # frames of the counterfactual branch of a clip
+VIDEO_VERSION = 1  # of what is rendered; raise it when the same recipe would give other pixels
+PART_CLIPS = 20  # clips in one file of a cache: what a killed rendering loses at most
+FORK_STEPS = 4  # frames of the counterfactual branch of a clip
 TAN = (0.7, 0.5, 0.3)
 PALETTE = np.array([(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 100, 220), (245, 130, 48),
                     (145, 30, 180), (70, 240, 240), (240, 50, 230)]) / 255
 MOVED_SCENES = {"pushed": "studies.scenes:Pushed", "humanoid": "studies.scenes:Humanoid",
                 "crowd": "studies.scenes:Crowd", "mocapact": "python -m studies.mocapact"}
 _ROOM = """<mujoco><option timestep="0.01"/><visual><headlight ambient="0.45 0.45 0.45"
-diffuse="0.5 0.5 0.5" specular="0 0 0"/></visual><asset><texture name="c" type="2d" builtin="checker"
-rgb1=".35 .35 .35" rgb2=".6 .6 .6" width="64" height="64"/><material name="checker" texture="c"
+diffuse="0.5 0.5 0.5" specular="0 0 0"/></visual><asset><texture name="c" type="2d"
+builtin="checker" rgb1=".35 .35 .35" rgb2=".6 .6 .6" width="64" height="64"/>
+<material name="checker" texture="c"
 texrepeat="6 6"/></asset><worldbody><geom name="floor" type="plane" size="30 30 .1" friction=".4"
 {floor}/>{bodies}</worldbody><actuator>{motors}</actuator></mujoco>"""
 
 
 class Scene:
     """A simulation that can be filmed.  A subclass sets model and data (MuJoCo's), parts and inst
-    (label of each geom, 0 = background; inst None: as parts), the names below and groups (actions of
-    each part), and defines start(rng, clip, n) -> (task id, actions (n, m)), which also chooses
+    (label of each geom, 0 = background; inst None: as parts), the names below and groups (actions
+    of each part), and defines start(rng, clip, n) -> (task id, actions (n, m)), which also chooses
     colours and camera.  color: parts or default; floor: plain or checker."""
     kind, fps, substeps, inst = None, 12, 8, None    # kind: what recipes say, else module:Class
     part_names, action_names, groups, task_names = (), (), [], None
@@ -824,7 +868,8 @@ class Scene:
         return {}
 
     def open(self, size):
-        """Prepare for pictures of size x size.  What is switched off cost 98 % of a frame's time."""
+        """Prepare for pictures of size x size.  What is switched off cost 98 % of a frame's
+        time."""
         quality = self.model.vis.quality
         quality.offsamples = 0                       # rendered at 2x and averaged instead
         quality.numslices, quality.numstacks = 8, 6
@@ -857,7 +902,8 @@ class Scene:
         return (x.astype(np.uint16).sum((1, 3)) // 4).astype(np.uint8)
 
     def shoot(self, before):
-        """{video, seg (and inst), flow, state} of a frame; before = geom (xpos, xmat) at the last."""
+        """{video, seg (and inst), flow, state} of a frame; before = geom (xpos, xmat) at the
+        last."""
         picture, renderer = self.rgb(), self.renderer
         renderer.enable_segmentation_rendering()
         x = renderer.render()[1::2, 1::2]
@@ -869,20 +915,22 @@ class Scene:
         return {"video": picture, **masks, "flow": self._flow(geoms, before), "state": state}
 
     def _flow(self, geoms, before):
-        """Backward optical flow, exact for rigid geoms: a pixel is unprojected with its depth, carried
-        back by its geom, and projected."""
+        """Backward optical flow, exact for rigid geoms: a pixel is unprojected with its depth,
+        carried back by its geom, and projected."""
         self.renderer.enable_depth_rendering()
         depth = self.renderer.render()[1::2, 1::2]
         self.renderer.disable_depth_rendering()
         eyes = self.renderer.scene.camera
-        eye, forward, up = (np.mean([getattr(c, k) for c in eyes], 0) for k in ("pos", "forward", "up"))
+        eye, forward, up = (np.mean([getattr(c, k) for c in eyes], 0)
+                            for k in ("pos", "forward", "up"))
         frame = np.stack([np.cross(forward, up), -up, forward])      # rows: right, down, forward
         focal = self.size / 2 / math.tan(math.radians(self.model.vis.global_.fovy) / 2)
         at = (np.arange(self.size) + 0.75 - self.size / 2) / focal   # the pixel of 2x that was kept
         ray = np.stack([*np.meshgrid(at, at), np.ones((self.size, self.size))], -1)
         world = (ray * depth[..., None]) @ frame + eye
-        pos, mat = self.data.geom_xpos[geoms], self.data.geom_xmat[geoms].reshape(*geoms.shape, 3, 3)
-        old_pos, old_mat = before[0][geoms], before[1][geoms].reshape(*geoms.shape, 3, 3)
+        square, data = (*geoms.shape, 3, 3), self.data
+        pos, mat = data.geom_xpos[geoms], data.geom_xmat[geoms].reshape(square)
+        old_pos, old_mat = before[0][geoms], before[1][geoms].reshape(square)
         local = np.einsum("hwji,hwj->hwi", mat, world - pos)
         seen = (np.einsum("hwij,hwj->hwi", old_mat, local) + old_pos - eye) @ frame.T
         flow = focal * (seen[..., :2] / seen[..., 2:] - ray[..., :2])
@@ -892,7 +940,8 @@ class Scene:
         """One clip as arrays, see make_video.  Two more frames are simulated before it begins."""
         task, actions = self.start(rng, clip, frames + 2)
         fork, group, shots = frames // 2, int(rng.integers(max(1, len(self.groups)))), []
-        out = {"fork_frame": np.zeros((self.size, self.size, 3), np.uint8), "fork_group": np.int16(-1),
+        out = {"fork_frame": np.zeros((self.size, self.size, 3), np.uint8),
+               "fork_group": np.int16(-1),
                "fork_actions": np.zeros((FORK_STEPS, actions.shape[1]), np.float32)}
         for t, action in enumerate(actions):
             before = self.data.geom_xpos.copy(), self.data.geom_xmat.copy()
@@ -914,9 +963,9 @@ class Objects(Scene):
 
     def __init__(self, color, floor):
         super().__init__(color, floor)
-        # 5 of each shape; each clip leaves those it does not use behind the camera: one model for all
-        bodies = "".join(f'<body pos="0 -20 .5"><freejoint/><geom type="{shape}" size=".3 .3 .3" '
-                         'mass="1"/></body>' * 5 for shape in ("sphere", "box", "cylinder", "capsule"))
+        # 5 of each shape; a clip leaves those it does not use behind the camera: one model for all
+        body = '<body pos="0 -20 .5"><freejoint/><geom type="{}" size=".3 .3 .3" mass="1"/></body>'
+        bodies = "".join(5 * body.format(x) for x in ("sphere", "box", "cylinder", "capsule"))
         walls = "".join(f'<geom type="plane" size="9 9 .1" pos="{x} {y} 0" zaxis="{-x} {-y} 0" '
                         'rgba="0 0 0 0"/>' for x, y in ((1.9, 0), (-1.9, 0), (0, 1.6), (0, -1.6)))
         self.build(walls + bodies)
@@ -956,15 +1005,16 @@ class Objects(Scene):
 
 
 def scene_class(kind):
-    """"objects" or module:Class -> a subclass of Scene.  SystemExit: there is none, or it has moved."""
+    """"objects" or module:Class -> a subclass of Scene.  SystemExit: there is none, or it has
+    moved."""
     if kind in MOVED_SCENES:
         raise SystemExit(f"the scene {kind} has moved to studies: type {MOVED_SCENES[kind]}")
     module, _, name = kind.partition(":")
     try:
         return Objects if kind == "objects" else getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
-        raise SystemExit(f"no scene {kind!r} ({e}): expected objects, or module:Class with a subclass of "
-                         "data.Scene, as studies.scenes:Pushed") from None
+        raise SystemExit(f"no scene {kind!r} ({e}): expected objects, or module:Class with a "
+                         "subclass of data.Scene, as studies.scenes:Pushed") from None
 
 
 def save_part(path, scene, recipe, clips, **more):
@@ -981,8 +1031,7 @@ def save_part(path, scene, recipe, clips, **more):
             big = dict(chunks=(1, *x.shape[1:]), compression="gzip", compression_opts=4)
             f.create_dataset(name, data=x, **(big if x.ndim > 2 and x.size else {}))
         f.attrs["meta"] = json.dumps(meta)
-    with _full_disk(path):
-        _write_atomic(path, lambda f: f.write(memory.getvalue()))
+    _write_atomic(path, lambda f: f.write(memory.getvalue()))
 
 
 def _part_meta(path, recipe=None):
@@ -992,12 +1041,12 @@ def _part_meta(path, recipe=None):
         with h5py.File(path, "r") as f:
             meta = json.loads(f.attrs["meta"])
     except (OSError, KeyError, ValueError) as e:
-        raise SystemExit(f"{path} is damaged or no part of a video cache ({e}): delete that file and "
-                         "type the same command again") from None
+        raise SystemExit(f"{path} is damaged or no part of a video cache ({e}): delete that file "
+                         "and type the same command again") from None
     if meta["version"] != VIDEO_VERSION:
-        raise SystemExit(f"{path} was written by version {meta['version']} of the generator, this data.py "
-                         f"has version {VIDEO_VERSION}: delete {Path(path).parent} to render it again, "
-                         "or choose another --cache")
+        raise SystemExit(f"{path} was written by version {meta['version']} of the generator, this "
+                         f"data.py has version {VIDEO_VERSION}: delete {Path(path).parent} to "
+                         "render it again, or choose another --cache")
     if recipe and meta["recipe"] != recipe:
         raise SystemExit(f"{path} holds {meta['recipe']}, not {recipe}: choose another --cache")
     return meta
@@ -1039,25 +1088,28 @@ def _render_part(path, recipe, kind, a, b):
     save_part(path, scene, recipe, clips)
 
 
-def make_video(folder, kind, clips, frames, size=64, color="parts", floor="plain", seed=0, workers=1):
-    """Film `clips` clips of a scene into folder/part_*.h5; killed at any moment, the same call goes on.
+def make_video(folder, kind, clips, frames, size=64, color="parts", floor="plain", seed=0,
+               workers=1):
+    """Film `clips` clips of a scene into folder/part_*.h5; killed at any moment, the same call goes
+    on.
 
     What open_video then returns, N clips: video u8 (N,T,H,W,3); seg u8 (N,T,H,W), 0 = background;
     inst, the same per body (crowd); flow f16 (N,T,H,W,2), (dx,dy) pixels back to frame t-1; actions
     f32 (N,T,m), actions[t] was active until frame t; state f32 (N,T,n), positions of bodies; task,
-    split (N,); fork_frame u8 (N,H,W,3), fork_actions (N,FORK_STEPS,m), fork_group (N,): frame
-    T//2 + FORK_STEPS, had the actions of one group been others since T//2 (-1: not filmed).
-    SystemExit: no such scene, no OpenGL, a cache of another version or recipe, full disk."""
+    split (N,); fork_frame u8 (N,H,W,3), fork_actions (N,FORK_STEPS,m), fork_group (N,): frame T//2
+    + FORK_STEPS, had the actions of one group been others since T//2 (-1: not filmed). SystemExit:
+    no such scene, no OpenGL, a cache of another version or recipe, full disk."""
     recipe = dict(kind=scene_class(kind).kind or kind, frames=frames, size=size, color=color,
                   floor=floor, seed=seed)
     ends = [min(a + PART_CLIPS, clips) for a in range(0, clips, PART_CLIPS)]
     parts = {f"part_{a:06d}_{b:06d}.h5": (b - a, (kind, a, b)) for a, b in zip([0, *ends], ends)}
-    fill_cache(folder, recipe, _render_part, parts, workers, frames * size * size * 2)  # gzip: >= 4x
+    room = frames * size * size * 8 // 4  # bytes of a clip; gzip makes them a quarter at least
+    fill_cache(folder, recipe, _render_part, parts, workers, room)
 
 
 def open_video(folder, splits=(0, 1, 2)):
-    """({name: array}, meta) of a cache, see make_video; all clips of the given splits.
-    SystemExit: no cache, damaged files, files of several recipes."""
+    """({name: array}, meta) of a cache, see make_video; all clips of the given splits. SystemExit:
+    no cache, damaged files, files of several recipes."""
     import h5py
     files = sorted(Path(folder).glob("part_*.h5"))
     if not files:
@@ -1097,7 +1149,8 @@ def _changed(args):
 
 
 def refuse(args, names, because):
-    """SystemExit: one of the flags `names` (with blanks between) was changed, which nobody reads."""
+    """SystemExit: one of the flags `names` (with blanks between) was changed, which nobody
+    reads."""
     for name, x in _changed(args).items():
         if name in names.split():
             raise SystemExit(f"{flag(name)} {x}: {because}; leave it out")
@@ -1108,19 +1161,20 @@ def check_ranges(args, ranges):
     Flags that are None are skipped."""
     for name, (low, high) in ranges.items():
         x = getattr(args, name)
-        low_ok, high_ok = low is None or x is None or x >= low, high is None or x is None or x <= high
-        if not (low_ok and high_ok):
+        fits = (low is None or x is None or x >= low) and (high is None or x is None or x <= high)
+        if not fits:
             wanted = f"at least {low}" if high is None else f"at most {high}"
-            raise SystemExit(f"{flag(name)} {x} is out of range: expected "
-                             + (wanted if None in (low, high) else f"{low} to {high}"))
+            wanted = wanted if None in (low, high) else f"{low} to {high}"
+            raise SystemExit(f"{flag(name)} {x} is out of range: expected {wanted}")
 
 
 RESUME_MAY_CHANGE = ("resume", "workers", "save_every", "capture_video", "track", "device")
 
 
 def resumed(args):
-    """args, or with --resume those of the run in that folder; RESUME_MAY_CHANGE typed beside it count.
-    SystemExit: no run there, one of another version, or another flag typed beside --resume."""
+    """args, or with --resume those of the run in that folder; RESUME_MAY_CHANGE typed beside it
+    count. SystemExit: no run there, one of another version, or another flag typed beside
+    --resume."""
     if not args.resume:
         return args
     here = f"--resume {args.resume}"
@@ -1131,8 +1185,8 @@ def resumed(args):
         raise SystemExit(f"{here}: no readable args.json there; expected the folder of a run, "
                          "runs/<name>") from None
     if strange := sorted(set(saved) - {f.name for f in fields(args)}):
-        raise SystemExit(f"{here}: its flag {flag(strange[0])} is unknown here, so another version of "
-                         "this script began it: go on with the copy of the code in its folder")
+        raise SystemExit(f"{here}: its flag {flag(strange[0])} is unknown here, so another version "
+                         "of this script began it: go on with the copy of the code in its folder")
     change = {k: v for k, v in _changed(args).items() if v != saved.get(k)}
     for name in set(change) - set(RESUME_MAY_CHANGE):
         raise SystemExit(f"{here} goes on with its own flags, and there {flag(name)} is "
@@ -1141,7 +1195,8 @@ def resumed(args):
 
 
 def choose_device(name):
-    """"auto", "cpu" or "cuda" -> (torch.device, what it is).  SystemExit: no GPU though asked for."""
+    """"auto", "cpu" or "cuda" -> (torch.device, what it is).  SystemExit: no GPU though asked
+    for."""
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type "
                          "--device cpu")
@@ -1171,7 +1226,8 @@ def hardware(device):
 
 
 def command_line(words=None):
-    """How this program was called, to be typed again: python pwm.py --seed 2, or with these words."""
+    """How this program was called, to be typed again: python pwm.py --seed 2, or with these
+    words."""
     file = Path(sys.argv[0])
     name = f"-m studies.{file.stem}" if file.parent.name == "studies" else file.name
     words = sys.argv[1:] if words is None else words
@@ -1180,7 +1236,8 @@ def command_line(words=None):
 
 # --------------------------------------------------------------------------------- run folder
 def _check_plain(x, where="state"):
-    """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would, before writing."""
+    """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would, before
+    writing."""
     if type(x) in (dict, OrderedDict):
         return sum(_check_plain(k, f"a key of {where}") + _check_plain(v, f"{where}[{k!r}]")
                    for k, v in x.items())
@@ -1190,8 +1247,8 @@ def _check_plain(x, where="state"):
         return x.nbytes
     if type(x) in (int, float, bool, str, type(None)):
         return 0
-    raise SystemExit(f"{where} is a {type(x).__module__}.{type(x).__name__}; checkpoints hold tensors, "
-                     "numbers, strings, None, dict, list and tuple: convert it first")
+    raise SystemExit(f"{where} is a {type(x).__module__}.{type(x).__name__}; checkpoints hold "
+                     "tensors, numbers, strings, None, dict, list and tuple: convert it first")
 
 
 def _state_of(part):
@@ -1214,11 +1271,11 @@ def _old_folder(script, args):
         meta = json.loads((Path(args.resume) / "args.json").read_text())
         began = meta["script"], meta["task"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise SystemExit(f"{args.resume} has no readable args.json: expected --resume runs/<a folder in "
-                         "there>") from None
+        raise SystemExit(f"{args.resume} has no readable args.json: expected --resume runs/<a "
+                         "folder in there>") from None
     if began != (script, str(args.task)):
-        raise SystemExit(f"{args.resume} is a run of {began[0]} on {began[1]!r}, not of {script} on "
-                         f"{args.task!r}: resume it with the script and task that began it")
+        raise SystemExit(f"{args.resume} is a run of {began[0]} on {began[1]!r}, not of {script} "
+                         f"on {args.task!r}: resume it with the script and task that began it")
     return args.resume
 
 
@@ -1241,9 +1298,9 @@ def _new_folder(root, script, args):
 
 
 class Run:
-    """A folder runs/{task}__{script}__{seed}__{time}/ and what a training loop must not forget: where
-    a resumed run goes on, checkpoints by the clock and at Ctrl-C, rates and time left, numbers that
-    are not finite, logs.
+    """A folder runs/{task}__{script}__{seed}__{time}/ and what a training loop must not forget:
+    where a resumed run goes on, checkpoints by the clock and at Ctrl-C, rates and time left,
+    numbers that are not finite, logs.
 
         run = Run("pwm", args)                        # or the folder in args.resume
         run.keeps(wm=wm, opt=opt, rng=generator)      # in a checkpoint; brought back when resumed
@@ -1255,20 +1312,21 @@ class Run:
                 run.note(loss=loss.detach())          # read, checked, told every log_every steps
         run.finish(dict(table=..))                    # results.json
 
-    A resumed program makes the same calls; rounds, stages and steps that were done are skipped, what
-    stands between the stages of an unfinished round runs again.  Other ranks of torchrun iterate alike
-    and write nothing.  inside: the folder of one training of a comparison: silent, goes on when there
-    is a checkpoint, answers Ctrl-C by KeyboardInterrupt once it has saved.  Attributes: dir (Path),
-    step (of all `steps` so far), seconds (over all resumes), history (list of dicts that survive).
-    SystemExit: no such run, another script's or task's; numbers that are not finite; Ctrl-C."""
+    A resumed program makes the same calls; rounds, stages and steps that were done are skipped,
+    what stands between the stages of an unfinished round runs again.  Other ranks of torchrun
+    iterate alike and write nothing.  inside: the folder of one training of a comparison: silent,
+    goes on when there is a checkpoint, answers Ctrl-C by KeyboardInterrupt once it has saved.
+    Attributes: dir (Path), step (of all `steps` so far), seconds (over all resumes), history (list
+    of dicts that survive). SystemExit: no such run, another script's or task's; numbers that are
+    not finite; Ctrl-C."""
 
     def __init__(self, script, args, root="runs", log_every=50, inside=None):
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
         self.args, self.log_every, self._inside = args, log_every, inside is not None
         self.save_every, self._saved = getattr(args, "save_every", 60.0), time.time()
         self.step, self.seconds, self.history = 0, 0.0, []
         self.parts, self.facts, self.total, self.done, self.spent = {}, {}, {}, {}, {}
-        self._round, self._stage, self._start = 0, -1, (0, 0, 0)   # start: round, stage, step to do next
+        self._round, self._stage, self._start = 0, -1, (0, 0, 0)  # round, stage, step to do next
         self._metrics, self._stop, self._printed = {}, False, time.time()
         self._writer, self._purge, self._lines = None, None, None
         box = [None]
@@ -1285,22 +1343,23 @@ class Run:
             self._lines = os.open(self.dir / "metrics.jsonl", how, 0o644)
         if self.rank == 0 and getattr(args, "track", False) and not inside:
             import wandb
-            wandb.init(project=script, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
+            wandb.init(project=script, name=self.dir.name, config=asdict(args),
+                       sync_tensorboard=True)
 
     # ---- what a checkpoint holds
     def keeps(self, facts=None, **parts):
-        """Name the parts of a checkpoint: modules, optimisers, generators, dicts of tensors and plain
-        values, anything with state_dict and load_state_dict; None is left out.  facts: plain values
-        beside them.  A resumed run loads them now and cuts metrics.jsonl back.
-        SystemExit: no checkpoint, a damaged one, or one that does not fit."""
+        """Name the parts of a checkpoint: modules, optimisers, generators, dicts of tensors and
+        plain values, anything with state_dict and load_state_dict; None is left out.  facts: plain
+        values beside them.  A resumed run loads them now and cuts metrics.jsonl back. SystemExit:
+        no checkpoint, a damaged one, or one that does not fit."""
         self.parts, self.facts = {k: v for k, v in parts.items() if v is not None}, facts or {}
         if not self._resumes:
             return
         state, old = self.load(), "go on with the copy of the code in the run's folder"
         for name, part in self.parts.items():
             if name not in state:
-                raise SystemExit(f"the checkpoint has no {name!r}, so an older version of this script "
-                                 f"wrote it: {old}")
+                raise SystemExit(f"the checkpoint has no {name!r}, so an older version of this "
+                                 f"script wrote it: {old}")
             try:
                 _bring_back(part, state[name])
             except (RuntimeError, KeyError, ValueError, TypeError) as e:
@@ -1318,15 +1377,15 @@ class Run:
         """What save() wrote, on the CPU.  SystemExit: missing or damaged file."""
         path = self.dir / name
         if not path.exists():
-            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it again "
-                             "without --resume")
+            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it "
+                             "again without --resume")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state["_run"]["bytes"]
             return state
         except Exception as e:                     # a damaged file can raise almost anything
-            raise SystemExit(f"{path} is damaged ({type(e).__name__}): restore it, or start without "
-                             "--resume") from e
+            raise SystemExit(f"{path} is damaged ({type(e).__name__}): restore it, or start "
+                             "without --resume") from e
 
     def save(self, name="checkpoint.pt"):
         """Write all parts; atomic: a crash or a full disk leaves the old file as it was.
@@ -1337,13 +1396,14 @@ class Run:
             return
         state = {**self.facts, **{k: _state_of(part) for k, part in self.parts.items()}}
         state["_run"] = dict(at=list(self._start), step=self.step, seconds=self.seconds,
-                             done=self.done, history=self.history, bytes=os.fstat(self._lines).st_size)
+                             history=self.history, done=self.done,
+                             bytes=os.fstat(self._lines).st_size)
         _check_room(self.dir, _check_plain(state), f"the checkpoint {name}")
         try:
             save_torch(self.dir / name, state)
         except RuntimeError as e:                  # how torch reports a failed write
-            raise SystemExit(f"cannot write {self.dir / name} ({e}); the older file, if any, is as it "
-                             f"was: free some space and type --resume {self.dir}") from e
+            raise SystemExit(f"cannot write {self.dir / name} ({e}); the older file, if any, is as "
+                             f"it was: free some space and type --resume {self.dir}") from e
 
     # ---- where the work is
     def expects(self, **total):
@@ -1362,8 +1422,8 @@ class Run:
         yield from self._work(kind, 1, pieces, 0, False)
 
     def steps(self, kind, n, log_every=None, shared=False):
-        """Steps 0 .. n-1 of a stage, from the one that is not done.  shared: all ranks take part, and
-        metrics are their means."""
+        """Steps 0 .. n-1 of a stage, from the one that is not done.  shared: all ranks take part,
+        and metrics are their means."""
         yield from self._work(kind, n, 1, log_every or self.log_every, shared)
 
     def _work(self, kind, n, pieces, log_every, shared):
@@ -1441,8 +1501,9 @@ class Run:
             values /= self.world
         if not values.isfinite().all():
             raise SystemExit(f"step {self.step}, round {self._round}, is not finite: "
-                             f"{dict(zip(self._metrics, values.tolist()))}; the last good checkpoint is in "
-                             f"{self.dir}: start again with a smaller learning rate")
+                             f"{dict(zip(self._metrics, values.tolist()))}; the last good "
+                             f"checkpoint is in {self.dir}: start again with a smaller learning "
+                             "rate")
         return dict(zip(self._metrics, values.tolist()))
 
     def _tell(self, kind, step, n, numbers):
@@ -1463,8 +1524,8 @@ class Run:
         return sum(n / self.rate(k) for k, n in todo.items()) if all(map(self.rate, todo)) else None
 
     def say(self, text, force=True, every=15.0):
-        """Print a line of progress with the time left; without `force` only if the last one is `every`
-        seconds old."""
+        """Print a line of progress with the time left; without `force` only if the last one is
+        `every` seconds old."""
         if self.rank == 0 and not self._inside and (force or time.time() - self._printed > every):
             self._printed, left = time.time(), self.time_left()
             left = f" | {timedelta(seconds=round(left))} left" if left else ""
@@ -1475,7 +1536,7 @@ class Run:
         {tag: number}."""
         if self.rank:
             return
-        if self._writer is None and not self._inside:  # late: slow, and keeps() says where curves go on
+        if self._writer is None and not self._inside:  # late: slow, and keeps() may cut curves
             from torch.utils.tensorboard import SummaryWriter
             self._writer = SummaryWriter(self.dir, purge_step=self._purge)
         numbers = {tag: float(x) for tag, x in numbers.items()}
@@ -1494,8 +1555,8 @@ class Run:
             torch.distributed.destroy_process_group()  # its threads would abort an ending process
         if self.rank:
             return None
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"],
-                             capture_output=True, text=True)  # maybe no git, or a copy outside of one
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+        git = subprocess.run(git, capture_output=True, text=True)  # may be a copy outside of one
         cpu = getattr(self.args, "device", "cpu") == "cpu" or not torch.cuda.is_available()
         result = dict(command=command_line(), commit=git.stdout.strip() or None,
                       hardware=hardware("cpu" if cpu else "cuda"), seed=self.args.seed,
@@ -1503,7 +1564,8 @@ class Run:
                       args=asdict(self.args), folder=str(self.dir)) | result
         write_json(self.dir / "results.json", result)
         kinds = (".json", ".jsonl", ".csv", ".png", ".gif", ".mp4", ".pt")
-        print(f"files: {self.dir}/", *sorted(p.name for p in self.dir.iterdir() if p.suffix in kinds))
+        names = sorted(p.name for p in self.dir.iterdir() if p.suffix in kinds)
+        print(f"files: {self.dir}/", *names)
         return result
 
     def close(self):
@@ -1548,7 +1610,8 @@ def _cell(work, name, cell, folder, file, alone):
 
 
 def run_cells(work, cells, folder, workers=1, tell=None):
-    """{name: result} of work(name, cell, folder) for cells {name: cell}: trainings that are compared.
+    """{name: result} of work(name, cell, folder) for cells {name: cell}: trainings that are
+    compared.
 
     Results, plain dicts, are kept in folder/cells/<name>.json, and a cell that is there is not run
     again, so that a study that was killed goes on.  workers: see side_by_side; one thread for each.
@@ -1568,11 +1631,11 @@ def run_cells(work, cells, folder, workers=1, tell=None):
 
 
 class LegacyRun:  # temporary: until every script has moved to Run
-    """A folder runs/{task}__{script}__{seed}__{time}/ with args.json, metrics.jsonl, TensorBoard events,
-    checkpoints and a copy of the code.  resume: go on in this folder instead; call load() before log(),
-    which cuts metrics.jsonl back to the checkpoint.  Attributes: dir (Path), resumed (bool), args (dict,
-    those of the first start).
-    SystemExit: a folder that is no run, or a run of another task or script."""
+    """A folder runs/{task}__{script}__{seed}__{time}/ with args.json, metrics.jsonl, TensorBoard
+    events, checkpoints and a copy of the code.  resume: go on in this folder instead; call load()
+    before log(), which cuts metrics.jsonl back to the checkpoint.  Attributes: dir (Path), resumed
+    (bool), args (dict, those of the first start). SystemExit: a folder that is no run, or a run of
+    another task or script."""
 
     def __init__(self, task, script, seed, args, resume=None, root="runs"):
         names = task.split(",")
@@ -1584,11 +1647,12 @@ class LegacyRun:  # temporary: until every script has moved to Run
                 meta = json.loads((self.dir / "args.json").read_text())
                 same = (meta["task"], meta["script"]) == (task, script)
             except (OSError, ValueError, KeyError, TypeError):
-                raise SystemExit(f"{resume} has no readable args.json: expected --resume runs/<a folder in "
-                                 "there>")
+                raise SystemExit(f"{resume} has no readable args.json: expected --resume runs/<a "
+                                 "folder in there>")
             if not same:
-                raise SystemExit(f"{resume} is a run of {meta['script']} on {meta['task']!r}, not of "
-                                 f"{script} on {task!r}: resume it with the script and task that began it")
+                raise SystemExit(f"{resume} is a run of {meta['script']} on {meta['task']!r}, not "
+                                 f"of {script} on {task!r}: resume it with the script and task "
+                                 "that began it")
             self.args = meta["args"]
         else:
             stamp = int(time.time())
@@ -1612,8 +1676,9 @@ class LegacyRun:  # temporary: until every script has moved to Run
         self._metrics = os.open(self.dir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
     def log(self, step, numbers=None, **more):
-        """One line of metrics.jsonl and one TensorBoard point per number (float or 0-d tensor); tags with
-        '/' go in the dict `numbers`.  Reading a GPU tensor waits for the GPU: call this on log steps only."""
+        """One line of metrics.jsonl and one TensorBoard point per number (float or 0-d tensor);
+        tags with '/' go in the dict `numbers`.  Reading a GPU tensor waits for the GPU: call this
+        on log steps only."""
         if self._writer is None:              # imported late: slow, and load() decides where its curves go on
             from torch.utils.tensorboard import SummaryWriter
             self._writer = SummaryWriter(self.dir, purge_step=self._purge)
@@ -1625,31 +1690,30 @@ class LegacyRun:  # temporary: until every script has moved to Run
                 self._writer.add_scalar(tag, x, step)
 
     def save(self, state, name="checkpoint.pt"):
-        """Write a dict of tensors and plain values; atomic: a crash or a full disk leaves the old file as it
-        was."""
+        """Write a dict of tensors and plain values; atomic: a crash or a full disk leaves the old
+        file as it was."""
         _check_room(self.dir, _check_plain(state), f"the checkpoint {name}")
         state = {**state, "_metrics_bytes": os.fstat(self._metrics).st_size}
         try:
             with _full_disk(self.dir / name):
                 _write_atomic(self.dir / name, lambda f: torch.save(state, f))
         except RuntimeError as e:                  # how torch reports a failed write
-            raise SystemExit(f"cannot write {self.dir / name} ({e}); the older file, if any, is as it was: "
-                             f"free some space and type --resume {self.dir}") from e
+            raise SystemExit(f"cannot write {self.dir / name} ({e}); the older file, if any, is as "
+                             f"it was: free some space and type --resume {self.dir}") from e
 
     def load(self, name="checkpoint.pt", device="cpu"):
-        """What save() was given.  In a resumed run, checkpoint.pt also cuts metrics.jsonl back to when it
-        was written.
-        SystemExit: missing or damaged file."""
+        """What save() was given.  In a resumed run, checkpoint.pt also cuts metrics.jsonl back to
+        when it was written. SystemExit: missing or damaged file."""
         path = self.dir / name
         if not path.exists():
-            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it again without "
-                             "--resume")
+            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it "
+                             "again without --resume")
         try:
             state = torch.load(path, map_location=device, weights_only=True)
             size = state.pop("_metrics_bytes")
         except Exception as e:                     # a damaged file can raise almost anything
-            raise SystemExit(f"{path} is damaged ({type(e).__name__}): restore it, or start without "
-                             "--resume") from e
+            raise SystemExit(f"{path} is damaged ({type(e).__name__}): restore it, or start "
+                             "without --resume") from e
         if self.resumed and name == "checkpoint.pt" and self._writer is None:
             os.ftruncate(self._metrics, min(size, os.fstat(self._metrics).st_size))
             lines = (self.dir / "metrics.jsonl").read_bytes().splitlines()
@@ -1663,31 +1727,33 @@ class LegacyRun:  # temporary: until every script has moved to Run
             self._writer.close()
 
 
-# ------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------- statistics
 def _scores(x):
     x = np.asarray(x, float)
     if x.size == 0 or not np.isfinite(x).all():
-        raise SystemExit(f"statistics of {x.shape} scores with {int((~np.isfinite(x)).sum())} NaN or inf: "
-                         "expected at least one finite number and no other; leave failed runs out "
-                         "explicitly")
+        raise SystemExit(f"statistics of {x.shape} scores with {int((~np.isfinite(x)).sum())} NaN "
+                         "or inf: expected at least one finite number and no other; leave failed "
+                         "runs out explicitly")
     return x
 
 
 def iqm(x):
-    """Interquartile mean of all entries, float: int(n/4) entries are dropped at either end, the rest is averaged."""
+    """Interquartile mean of all entries, float: int(n/4) entries are dropped at either end, the
+    rest is averaged."""
     x = np.sort(_scores(x), axis=None)
     cut = x.size // 4
     return float(x[cut:x.size - cut].mean())
 
 
 def bootstrap_ci(x, stat=iqm, reps=2000, level=0.95, seed=0):
-    """(low, high) percentile interval of stat(x), x (runs, tasks): runs are redrawn within each task on
-    their own. With one run there is nothing to redraw: low == high == stat(x), which is no interval; report
-    "1 seed"."""
+    """(low, high) percentile interval of stat(x), x (runs, tasks): runs are redrawn within each
+    task on their own. With one run there is nothing to redraw: low == high == stat(x), which is no
+    interval; report "1 seed"."""
     x = _scores(x)
     if x.ndim != 2:
         raise SystemExit(f"bootstrap_ci got scores of shape {x.shape}; expected (runs, tasks)")
     rng = np.random.default_rng(seed)
-    draws = [stat(np.take_along_axis(x, rng.integers(len(x), size=x.shape), 0)) for _ in range(reps)]
+    draws = [stat(np.take_along_axis(x, rng.integers(len(x), size=x.shape), 0))
+             for _ in range(reps)]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
