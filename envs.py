@@ -485,11 +485,6 @@ class _Atari(_Env):
             self._env.setMode(mode)
             self._env.setDifficulty(difficulty)
 
-    def reset(self, *, seed=None, options=None):
-        """As for other tasks; info also has "life_lost"."""
-        obs, info = super().reset(seed=seed)
-        return obs, {**info, "life_lost": False}
-
     def _restart(self, seed):
         if seed is not None:
             self._load(seed)
@@ -816,54 +811,25 @@ class Flock(_Closing):
 
 
 # --------------------------------------------------------------------------------------- processes
-class _Process:
-    """A fresh interpreter with a _Place, which imports only this file; a message has one answer."""
-
+def _spawn():
+    """(process, connection) of a fresh interpreter that imports only this file and runs _serve."""
     # Not multiprocessing.Process: its children import the parent's script, hence torch (seconds and
     # hundreds of MB each). This starts in 0.3 s, with the parent's sys.path, so that "module:Id-v0"
     # is the same there, and in its own session, so that Ctrl-C reaches the parent alone.
-    def __init__(self):
-        ours, theirs = socket.socketpair()
-        here = os.path.dirname(os.path.abspath(__file__))
-        path = [here, *(p or os.getcwd() for p in sys.path)]
-        code = f"import sys; sys.path[:] = {path!r}; import envs; envs._serve({theirs.fileno()})"
-        self.proc = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-        theirs.close()
-        self.conn = multiprocessing.connection.Connection(ours.detach())
-
-    def send(self, method, orders):
-        """Call a method of its _Place; if it is dead, `receive` will say so."""
-        with contextlib.suppress(OSError):
-            self.conn.send((method, orders))
-
-    def receive(self):
-        """(answer, None), or (None, exit code) if it died. SystemExit: the sentence it sent."""
-        try:
-            answer = self.conn.recv()
-        except (EOFError, OSError):
-            return None, self.proc.wait()
-        if isinstance(answer, str):
-            raise SystemExit(answer)
-        return answer, None
-
-
-def _stop(processes):
-    """Close the pipes, so that they leave; kill those that do not (inside a long reset)."""
-    for process in processes:
-        process.conn.close()
-    for process in processes:
-        try:
-            process.proc.wait(1)
-        except subprocess.TimeoutExpired:
-            process.proc.kill()
-            process.proc.wait()
+    ours, theirs = socket.socketpair()
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = [here, *(p or os.getcwd() for p in sys.path)]
+    code = f"import sys; sys.path[:] = {path!r}; import envs; envs._serve({theirs.fileno()})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    theirs.close()
+    return process, multiprocessing.connection.Connection(ours.detach())
 
 
 def _serve(fd):
-    """What a _Process does: a message names a method of its _Place; the answer is its result, or a
-    sentence (a str) if it fails."""
+    """A process: a message names a method of its _Place; the answer is its result, or a sentence (a
+    str) if it fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     conn, place = multiprocessing.connection.Connection(fd), _Place()
     try:
@@ -881,39 +847,86 @@ def _serve(fd):
 
 
 class _Place:
-    """Environments in numbered slots."""
+    """Environments in numbered slots. Answers {slot: (what env.step gave or None, first observation
+    of an episode that has begun or None)}."""
 
     def __init__(self):
         self.task, self.envs, self.idle = "", {}, {}  # idle {task: [env]}: they are slow to make
 
     def start(self, orders):
-        """{slot: (task, seed, ..)} -> {slot: (first observation, legal actions)}."""
-        return {slot: self._start(slot, *order) for slot, order in orders.items()}
+        """{slot: (task, seed, ..)}: begin episodes."""
+        return {slot: (None, self._start(slot, *order)) for slot, order in orders.items()}
 
     def _start(self, slot, task, seed, actions=(), options=None):
-        self.task, env = task, self.envs.get(slot)
-        if env is None:
+        self.task = task
+        if slot not in self.envs:
             idle = self.idle.get(task)
-            env = self.envs[slot] = idle.pop() if idle else make_env(task, **options or {})
-        obs, _ = env.reset(seed=seed)
+            self.envs[slot] = idle.pop() if idle else make_env(task, **options or {})
+        obs, _ = self.envs[slot].reset(seed=seed)
         for action in actions:
-            obs = env.step(action)[0]
-        return obs, getattr(env, "legal", None)
+            obs = self.envs[slot].step(action)[0]
+        return obs
 
     def step(self, orders):
-        """{slot: (action, what to start when this ends the episode)} -> {slot: what env.step gives,
-        and the first observation of what was started or None}."""
+        """{slot: (action, what to begin if this ends the episode)}: one step each."""
+        return {slot: self._step(slot, *order) for slot, order in orders.items()}
+
+    def _step(self, slot, action, following):
+        env = self.envs[slot]
+        self.task = env.task
+        step = env.step(action)
+        if not (step[2] or step[3]):
+            return step, None
+        if following is None or following[0] != env.task:
+            self.idle.setdefault(env.task, []).append(self.envs.pop(slot))
+        return step, self._start(slot, *following) if following else None
+
+    def legal(self, slots):
+        """The actions that a game tells apart, None for other tasks."""
+        return {slot: getattr(self.envs[slot], "legal", None) for slot in slots}
+
+
+class _Pool(_Closing):
+    """n processes (context manager); slot s is in process s % n."""
+
+    def __init__(self, n):
+        self.n, self.procs, self._asked = n, [_spawn() for _ in range(n)], []
+
+    def close(self):
+        """Stop all processes."""
+        for _, conn in self.procs:
+            conn.close()  # it leaves, unless it is inside a long reset
+        for process, _ in self.procs:
+            try:
+                process.wait(1)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.procs = []
+
+    def post(self, method, orders):
+        """Send orders {slot: ..}; returns at once."""
+        shares = {}
+        for slot, order in orders.items():
+            shares.setdefault(slot % self.n, {})[slot] = order
+        for i, share in shares.items():
+            with contextlib.suppress(OSError):  # it died: collect will say so
+                self.procs[i][1].send((method, share))
+        self._asked = list(shares)
+
+    def collect(self):
+        """{slot: answer} to what was posted. SystemExit: the sentence of what went wrong there."""
         answers = {}
-        for slot, (action, following) in orders.items():
-            env, first = self.envs[slot], None
-            self.task = env.task
-            obs, rew, terminated, truncated, info = env.step(action)
-            if terminated or truncated:
-                if following is None or following[0] != env.task:
-                    self.idle.setdefault(env.task, []).append(self.envs.pop(slot))
-                if following:
-                    first, _ = self._start(slot, *following)
-            answers[slot] = obs, rew, terminated, truncated, info, first
+        for i in self._asked:
+            share = None
+            while share is None:
+                try:
+                    share = self.procs[i][1].recv()
+                except (EOFError, OSError):
+                    self._died(i, self.procs[i][0])
+            if isinstance(share, str):
+                raise SystemExit(share)
+            answers |= share
         return answers
 
 
@@ -936,7 +949,7 @@ class Record:
                     ret=float(sum(rew)))
 
 
-class Workers(_Closing):
+class Workers(_Pool):
     """Environment worker processes for batched roll-outs (context manager; start once per run).
 
     n: processes; max_envs: environments that step together, over all processes."""
@@ -944,15 +957,15 @@ class Workers(_Closing):
     def __init__(self, n, max_envs=64):
         if n < 1 or max_envs < 1:
             raise SystemExit(f"Workers got n={n}, max_envs={max_envs}; expected 1 or more of each")
-        self.n, self.max_envs, self._batches = n, max_envs, {}
-        self.procs = [_Process() for _ in range(n)]
+        super().__init__(n)
+        self.max_envs, self._batches = max_envs, {}
 
     def close(self):
         """Stop all processes; a later rollout starts new ones."""
-        _stop(self.procs)
+        super().close()
         for batch in filter(None, self._batches.values()):
             batch.close()
-        self.procs, self._batches = [], {}
+        self._batches = {}
 
     def rollout(self, jobs, policy, progress=None):
         """Play one episode per job and return them in the order of the jobs.
@@ -973,13 +986,12 @@ class Workers(_Closing):
             return []
         if batch := self._batch({task for task, _ in jobs}):  # in this process, on n threads
             return batch.rollout(jobs, policy, progress)
-        if not self.procs:
-            self.procs = [_Process() for _ in range(self.n)]
-        play = _Lockstep(jobs, self.max_envs, progress)
+        self.procs = self.procs or [_spawn() for _ in range(self.n)]
+        self._play = play = _Lockstep(jobs, self.max_envs, progress)
         try:
-            self._ask(play, "start", {slot: play.order(slot) for slot in range(len(play.queues))})
-            while play.records:
-                self._ask(play, "step", play.act(policy))
+            self.post("start", {slot: play.order(slot) for slot in range(len(play.queues))})
+            while play.take(self.collect()):
+                self.post("step", play.act(policy))
         except BaseException:  # also Ctrl-C: an answer may be under way, start afresh
             self.close()
             raise
@@ -998,35 +1010,20 @@ class Workers(_Closing):
                 self._batches[task] = None
         return self._batches[task]
 
-    def _ask(self, play, method, orders):
-        """Let the workers carry out orders {slot: ..} and tell `play`. Slot s is worker s % n's;
-        one that died is replaced and starts all that it has not finished again."""
-        shares = {}
-        for slot, order in orders.items():
-            shares.setdefault(slot % self.n, {})[slot] = order
-        for i, share in shares.items():
-            self.procs[i].send(method, share)
-        for i in shares:
-            asked, (answers, code) = method, self.procs[i].receive()
-            while answers is None:
-                slots = [s for s in range(i, len(play.queues), self.n) if play.queues[s]]
-                self._replace(i, code, play, sorted({play.order(s)[0] for s in slots}))
-                asked = "start"
-                self.procs[i].send(asked, {s: play.order(s) for s in slots})
-                answers, code = self.procs[i].receive()
-            getattr(play, asked)(answers)
-        play.report()
-
-    def _replace(self, i, code, play, tasks):
+    def _died(self, i, process):
+        """Replace worker i and let it start all that it has not finished again."""
+        play = self._play
+        orders = {s: play.order(s) for s in range(i, len(play.queues), self.n) if play.queues[s]}
         play.deaths += 1
-        how = (f"worker {i} (pid {self.procs[i].proc.pid}, exit code {code}) died while playing "
-               f"{', '.join(tasks)}")
+        how = (f"worker {i} (pid {process.pid}, exit code {process.wait()}) died while playing "
+               f"{', '.join(sorted({task for task, _ in orders.values()}))}")
         if play.deaths == 3:
             raise SystemExit(f"{how}; it is the third death in one roll-out: exit code -9 usually "
                              "means lack of memory, so try a smaller max_envs or fewer workers")
         print(f"{how}; its unfinished episodes start again", file=sys.stderr)
-        _stop([self.procs[i]])
-        self.procs[i] = _Process()
+        self.procs[i][1].close()
+        self.procs[i] = _spawn()
+        self.procs[i][1].send(("start", orders))
 
 
 class _Lockstep:
@@ -1052,11 +1049,6 @@ class _Lockstep:
         queue = self.queues[slot]
         return self.jobs[queue[place]] if place < len(queue) else None
 
-    def start(self, answers):
-        """Take what _Place.start answered."""
-        for slot, (obs, _) in answers.items():
-            self.records[slot] = Record(*self.order(slot), obs)
-
     def act(self, policy):
         """Orders with the policy's actions for all that is played."""
         live = sorted(self.records)
@@ -1074,27 +1066,26 @@ class _Lockstep:
             self.acts[slot] = a[:self.facts[self.order(slot)[0]].act_dim]
         return {slot: (self.acts[slot], self.order(slot, 1)) for slot in live}
 
-    def step(self, answers):
-        """Take what _Place.step answered."""
-        for slot, (obs, rew, terminated, truncated, info, first) in answers.items():
-            record = self.records[slot]
-            record.add(self.acts[slot], obs, rew, terminated)
-            if terminated or truncated:
-                self.results[self.queues[slot].pop(0)] = record.episode(info["success"])
-                del self.records[slot]
-                if first is not None:
-                    self.records[slot] = Record(*self.order(slot), first)
-
-    def report(self):
-        """Tell `progress` how far it is, at every twentieth call and at the end."""
+    def take(self, answers):
+        """Book what _Place answered and tell `progress` -> whether anything is still played."""
+        for slot, (step, first) in answers.items():
+            if step:
+                obs, rew, terminated, truncated, info = step
+                self.records[slot].add(self.acts[slot], obs, rew, terminated)
+                if terminated or truncated:
+                    episode = self.records.pop(slot).episode(info["success"])
+                    self.results[self.queues[slot].pop(0)] = episode
+            if first is not None:
+                self.records[slot] = Record(*self.order(slot), first)
         if self.progress and (self.rounds % 20 == 0 or not self.records):
             done = self.lengths[[r is not None for r in self.results]].sum()
             done += sum(len(record.steps) for record in self.records.values())
             self.progress(int(done), int(self.lengths.sum()))
         self.rounds += 1
+        return self.records
 
 
-class Fleet(_Closing):
+class Fleet(_Pool):
     """One process per environment, which steps while the caller does something else.
 
         fleet = Fleet(["Boxing", "Krull"], obs="pixels")    # a context manager
@@ -1105,54 +1096,42 @@ class Fleet(_Closing):
     One process each, because Meta-World draws wrong pictures with two renderers in one (its issue
     448). options: {task: keyword arguments of make_env}. Attribute: legal, the action indices that
     a game tells apart per environment, or None where actions are continuous. An environment that
-    ends restarts at once with its next seed: `obs` is then the first of the new episode."""
+    ends restarts at once with its next seed: `obs` is then the first of the new episode.
+    SystemExit: an environment failed, or its process died."""
 
     def __init__(self, tasks, options=None, obs="pixels", size=64):
         self.tasks = list(tasks)
-        self.procs = [_Process() for _ in self.tasks]
-        options = [(options or {}).get(task, {}) for task in self.tasks]
-        self._options = [dict(obs=obs, size=size, **more) for more in options]
+        self._options = [dict(obs=obs, size=size, **(options or {}).get(t, {})) for t in self.tasks]
+        super().__init__(len(self.tasks))
         try:
-            self.legal = [legal for _, legal in self._start([0] * len(self.tasks))]
+            self.reset([0] * self.n)
+            self.post("legal", dict.fromkeys(range(self.n)))
+            self.legal = list(self.collect().values())
         except BaseException:
             self.close()
             raise
 
-    def close(self):
-        """Stop all processes."""
-        _stop(self.procs)
-
-    def _start(self, seeds, actions=None):
-        for i, (process, task, seed) in enumerate(zip(self.procs, self.tasks, seeds)):
-            played = actions[i] if actions else ()
-            process.send("start", {0: (task, int(seed), played, self._options[i])})
-        return self._receive()
-
-    def _receive(self):
-        answers = []
-        for process, task in zip(self.procs, self.tasks):
-            answer, code = process.receive()
-            if answer is None:
-                raise SystemExit(f"the environment process of {task} died (exit code {code}; -9 "
-                                 "usually means lack of memory): type the same command with "
-                                 "--resume")
-            answers.append(answer[0])
-        return answers
+    def _died(self, i, process):
+        raise SystemExit(f"the environment process of {self.tasks[i]} died (exit code "
+                         f"{process.wait()}; -9 usually means lack of memory): type the same "
+                         "command with --resume")
 
     def reset(self, seeds, actions=None):
-        """Start an episode in every environment and play `actions` (a list each) -> observations.
-
-        SystemExit, as for receive: an environment failed, or its process died."""
-        return [obs for obs, _ in self._start(seeds, actions)]
+        """Start an episode in every environment and play `actions` (a list each) -> obs."""
+        actions = actions or [()] * self.n
+        self.post("start", dict(enumerate(
+            zip(self.tasks, map(int, seeds), actions, self._options))))
+        return [obs for _, obs in self.collect().values()]
 
     def send(self, actions, next_seeds):
         """One step each; if it ends an episode, the next one has the seed given."""
-        for process, task, action, seed in zip(self.procs, self.tasks, actions, next_seeds):
-            process.send("step", {0: (action, (task, int(seed)))})
+        following = zip(self.tasks, map(int, next_seeds))
+        self.post("step", dict(enumerate(zip(actions, following))))
 
     def receive(self):
         """[(obs, rew, terminated, truncated, info)] of the step that was sent."""
-        return [(obs if first is None else first, *rest) for obs, *rest, first in self._receive()]
+        answers = self.collect().values()
+        return [(step[0] if first is None else first, *step[1:]) for step, first in answers]
 
 
 def __getattr__(name):  # for the time of the move

@@ -239,7 +239,7 @@ class Herd:
     def load_state_dict(self, state):
         """Go on from what state_dict gave, as arrays or tensors -> obs (n, O) float32."""
         self._state, self._last, self.t, self._episode = (
-            np.array(state[k]) for k in ("state", "last", "t", "episode"))
+            np.asarray(state[k]).copy() for k in ("state", "last", "t", "episode"))
         return self._observe(np.arange(self.n))
 
     state, load = state_dict, load_state_dict  # for the time of the move
