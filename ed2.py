@@ -34,7 +34,7 @@ import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
@@ -125,7 +125,7 @@ def two_hot_loss(logits, x):
 
 def two_hot_inv(logits, pseudo=False):
     """logits (.., BINS) -> scalar (..). `pseudo` leaves out the symexp: a value in log space."""
-    bins = torch.linspace(-BIN_LIMIT, BIN_LIMIT, BINS, device=logits.device)
+    bins = torch.linspace(-BIN_LIMIT, BIN_LIMIT, BINS, device=logits.device).expand_as(logits)
     y = (logits.softmax(-1) * bins).sum(-1)  # not a matmul: autocast would round the bins
     return y if pseudo else symexp(y)
 
@@ -457,13 +457,15 @@ class RSSM(nn.Module):
         x = x.unflatten(-1, (self.blocks, -1)) + self.hid.bias[:, :, 0]
         return x.unflatten(0, act.shape[:-1])
 
+    def mean_square(self, x):  # (B, k, g, w/g), over all blocks of a sub-core
+        return x.square().mean((-2, -1), keepdim=True)
+
     def subcores(self, weights, h, z, act_in):
         """h (B, D), z (B, S C), act_in (B, k, g, w/g) -> next states h_i of all (k, g, B, D/g)."""
         hs = h.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # (g, B, D/g)
         x = act_in + (torch.cat([self.h_in(h), self.z_in(z)], -1) @ weights[2]).view_as(act_in)
         x = x + torch.bmm(hs, weights[1]).unflatten(-1, (-1, x.shape[-1])).permute(1, 2, 0, 3)
-        size = x.square().mean((-2, -1), keepdim=True)  # over the blocks of a sub-core
-        x = F.silu(x * torch.rsqrt(size + 1e-4) * self.hid_gain)
+        x = F.silu(x * torch.rsqrt(self.mean_square(x) + 1e-4) * self.hid_gain)
         reset, cand, update = self.gru(x.permute(1, 2, 0, 3)).chunk(3, -1)  # (k, g, B, D/g)
         update = torch.sigmoid(update - 1)
         return update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * hs
@@ -991,19 +993,26 @@ def verdict(mean, low, high, better_than_controls=True):
 
 
 def plan(args, groups):
-    """({variant: (groups, width)} to compare, the cells that train them for every seed)."""
+    """{variant: (groups, width)} to compare: one model, and ED2 unless all actions are one group."""
     count, full = counter(args.wm, args.model_size, args.agg)
     single = [sorted(j for G in groups for j in G)]
-    models, regime = {"single": (single, full)}, "frozen" if args.wm == "tdmpc2" else "replay"
-    if len(groups) > 1 and args.match == "none":
-        models["ed2_wide"] = groups, full
-    elif len(groups) > 1:
-        models["ed2"] = groups, match_width(lambda w: count(groups, w), count(single, full))
-    kinds = [("joint", "single")] if args.wm == "tdmpc2" else []
-    cells = [dict(wm=args.wm, task=args.task, regime=r, variant=v, seed=args.seed + n,
-                  groups=models[v][0], width=models[v][1])
-             for n in range(args.seeds) for r, v in kinds + [(regime, v) for v in models]]
-    return models, cells
+    if len(groups) == 1:
+        return {"single": (single, full)}
+    if args.match == "none":
+        return {"single": (single, full), "ed2_wide": (groups, full)}
+    width = match_width(lambda w: count(groups, w), count(single, full))
+    return {"single": (single, full), "ed2": (groups, width)}
+
+
+def cells_of(args, models):
+    """The trainings of {variant: (groups, width)} for every seed, and of TD-MPC2's encoders."""
+    regime = "replay" if args.wm == "dreamerv3" else "frozen"
+    kinds = [(regime, v) for v in models]
+    if args.wm == "tdmpc2":
+        kinds.insert(0, ("joint", "single"))
+    return [dict(wm=args.wm, task=args.task, regime=r, variant=v, seed=args.seed + n,
+                 groups=models[v][0], width=models[v][1])
+            for n, (r, v) in product(range(args.seeds), kinds)]
 
 
 def paired_rows(results):
@@ -1030,10 +1039,10 @@ def compare(args, run, groups=None):
     for merge in log:
         pair = " + ".join(map(str, merge["merge"]))
         print(f"  {'merge' if merge['done'] else 'leave'} {pair}: {merge['score']:+.4f}")
-    models, cells = plan(args, groups)
+    models = plan(args, groups)
     if len(models) == 1:
         print("all actions are in one group: ED2 is the single model, which runs alone")
-    done = train_cells(cells, args, run.dir)
+    done = train_cells(cells_of(args, models), args, run.dir)
     paired = [c for c in done if c["regime"] != "joint"]
     rows = paired_rows({v: [c for c in paired if c["variant"] == v] for v in models})
     print(f"\n{args.task}, {args.wm}, held-out data: {', '.join(models)}, change, 95 % interval")
