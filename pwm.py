@@ -1,44 +1,43 @@
-"""PWM: policy learning with multi-task world models (Georgiev et al., arXiv 2407.02466) in one file.
+"""PWM: policy learning with multi-task world models (Georgiev et al., arXiv 2407.02466), one file.
 
 A world model with task embeddings (TD-MPC2's architecture) is trained on episodes of all tasks. It
 is then frozen and used as a differentiable simulator: one actor and three critics per task learn by
-first-order gradients through imagined roll-outs, all tasks at once as stacked tensors. Without data,
-rounds of {roll out, train the model, improve all policies} make it. `train` is Algorithm 1.
+first-order gradients through imagined roll-outs, all tasks at once as stacked tensors. Without
+data, rounds of {roll out, train the model, improve all policies} make it: `train` is Algorithm 1.
 
     python pwm.py --task cartpole-swingup    # 2 CPU cores, no data, 9 minutes: return 849 to 878
     python pwm.py --task mt30                # 30 policies and a table; 55 minutes: mean return 286
 
 Any gymnasium id with continuous actions works (my_file:MyTask-v0), also one whose episodes end; the
-paper's bodies are studies.bodies:hopper and so on, its toys, ablations and baselines are studies.
+paper's bodies are studies.bodies:hopper and so on; its toys, ablations and baselines are studies.
 
-Copy me together with envs.py and data.py. Shapes: N tasks, B batch, H horizon, O obs, A action,
-L latent, E critics, K = 101 bins; time first: obs (H+1, B, O), act (H, B, A), rew (H, B); stacked
+Copy me together with envs.py and data.py. Shapes: N tasks, B batch, H horizon, O obs, A action, L
+latent, E critics, K = 101 bins; time first: obs (H+1, B, O), act (H, B, A), rew (H, B); stacked
 networks (N, ..).
 
 Deviations from the paper (the released code's own are not repeated):
- 1. Loss weights 20 : 0.1 and means, as the published models' trainer; Eq. (10) prints 1 : 1 and sums.
- 2. Critic minibatches are reshuffled in every pass, uniform as App. C.2 says; the release cuts quarters.
+ 1. Loss weights 20 : 0.1 and means, as the published models' trainer; Eq. (10) has 1 : 1 and sums.
+ 2. Critic minibatches are reshuffled in every pass, as App. C.2 says; the release cuts quarters.
  3. A CPU's model trains on short sequences at rate 1e-3 instead of 16 and 3e-4; everywhere its rate
     falls in the second half of a round.
  4. On a CPU critics take one pass over the imagined data per update instead of eight, but for 8.
  5. Actions are masked to a task's own dimensions in imagination too; the release leaves them free.
- 6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)), and every stored episode
-    gives start states.
+ 6. gamma^H discounts the terminal value (Eq. 6; the release has gamma^(H+1)), and all episodes give
+    start states.
  7. Half of the roll-outs with current policies are disturbed by short random actions.
- 8. A task that may end: environments that do what imagination does tell the ends, and what they did is
-    data (`Beside`); on given data a head, which the release has not, learns the ends, and steps count
-    by the probability to come so far; it imagines 6 steps, in sixty short rounds of falling rates.
- 9. There, rewards are divided by their deviation but not centred (which would make an end as good as
-    going on), critics tell the distance from a running mean of targets, and actors begin near 0.
-10. There, no SimNorm: F predicts the change of a latent without activation from scaled observations,
-    as a body changes less in a step than a young model errs when it makes a latent anew.
+ 8. A task that may end: environments that do what imagination does tell the ends and make data
+    (`Beside`); on given data a head, which the release has not, learns them, and steps count by the
+    probability to come so far; it imagines 6 steps, in sixty short rounds of falling rates.
+ 9. There, rewards are divided by their deviation but not centred (which would make an end as good
+    as going on), critics tell the distance from targets' running mean, and actors begin near 0.
+10. There, no SimNorm: F predicts the change of a latent, from scaled observations, as a body
+    changes less in a step than a young model errs when it makes a latent anew.
 """
 import contextlib
 import copy
 import functools
 import math
 import os
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,14 +56,13 @@ from envs import MT30, MT80, SUITES, Workers, beside, choose_gl, make_env, score
 @dataclass
 class Args:
     task: str = "mt30"
-    """mt30, mt80, one task (cartpole-swingup, mw-reach), a comma list, or a gymnasium id
-    (my_file:MyTask-v0)"""
+    """mt30, mt80, cup-catch, mw-reach, a comma list, or a gymnasium id (my_file:MyTask-v0)"""
     seed: int = 1
     """seeds networks, sampling and environments"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto takes the GPU when there is one"""
     compile: bool = field(default_factory=torch.cuda.is_available)
-    """torch.compile for the losses: by default with a GPU; on a CPU it costs minutes at the start"""
+    """torch.compile for the losses: by default with a GPU; it costs a CPU minutes at the start"""
     bf16: bool = False
     """bfloat16 matrix products, all else float32; 1.05-1.35x faster on a CPU that has it"""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
@@ -84,11 +82,10 @@ class Args:
     eval_only: bool = False
     """with --checkpoint runs/../checkpoint.pt: only evaluate its policies"""
     data_dir: str | None = None
-    """published chunk_*.pt (converted once into data_dir/episodes) or a folder of episodes; without
-    it data is made"""
+    """published chunk_*.pt (converted once, into data_dir/episodes) or a folder of episodes"""
     ends: bool | None = None
-    """one task whose episodes may end by themselves: scalar head for scaled rewards, learnt or seen
-    ends, short episodes used, roll-outs counted in steps (Sec. 4.1; default: as the task says)"""
+    """one task that may end (Sec. 4.1): a scalar head for scaled rewards, ends seen or learnt,
+    short episodes used, roll-outs counted in steps; default: as the task says"""
 
     # budget: left out, these follow from device and tasks and are printed at the start (BUDGETS)
     model_size: Literal[1, 5, 19, 48, 317] | None = None
@@ -98,7 +95,7 @@ class Args:
     seed_episodes: int | None = None
     """own data: episodes per task with random actions in the first round (ends: as many steps)"""
     round_episodes: int | None = None
-    """own data: episodes per task with the current policies in each later round (ends: as above)"""
+    """own data: episodes per task with current policies in each later round (ends: as above)"""
     wm_steps: int | None = None
     """world-model gradient steps over all rounds (published models: 4.9 million on MT30)"""
     wm_batch: int | None = None
@@ -124,13 +121,13 @@ class Args:
     policy_lr: float | None = None
     """actor learning rate, falling linearly to 1e-5 (Table 1: 5e-4; tasks that end: 3e-4)"""
     critic_lr: float | None = None
-    """critic learning rate, falling alike (Table 1: 5e-4; left out: as --policy-lr, with ends 1e-3)"""
+    """critic learning rate, falling alike (Table 1: 5e-4; default: --policy-lr, with ends 1e-3)"""
 
     # evaluation
     eval_episodes: int | None = None
     """deterministic episodes per task at the end, and as many of a random policy (default 10)"""
     eval_every: int = 0
-    """policy updates of a round after which all policies are evaluated, for a curve; 0: at the end"""
+    """policy updates of a round after which all policies are evaluated, for a curve; 0: never"""
 
 
 # ------------------------------------------------------------------------------------------ maths
@@ -158,8 +155,7 @@ def two_hot(x):
     k = y.floor()
     frac, k = (y - k)[..., None], k.long()[..., None]
     out = torch.zeros(*x.shape, BINS, device=x.device, dtype=x.dtype)
-    out.scatter_(-1, (k + 1) % BINS, frac)
-    return out.scatter_(-1, k, 1 - frac)
+    return out.scatter_(-1, (k + 1) % BINS, frac).scatter_(-1, k, 1 - frac)
 
 
 def two_hot_loss(logits, x):
@@ -180,10 +176,11 @@ def two_hot_inv(logits, pseudo=False):
 
 
 def lambda_return(rew, value, gamma, lam, alive=None):
-    """TD(lambda) targets, Eqs. (7)-(8): G_h = r_h + gamma [(1-lam) v_{h+1} + lam G_{h+1}], G_H = v_H.
+    """TD(lambda) targets, Eqs. (7)-(8): G_h = r_h + gamma [(1-lam) v_{h+1} + lam G_{h+1}] down from
+    G_H = v_H.
 
-    rew (H, ..), value (H+1, ..) with value[h] = V(z_h); value[0] is not used. alive (H, ..):
-    probability that the episode goes on after step h, which multiplies gamma there. Returns G (H, ..).
+    rew (H, ..), value (H+1, ..) with value[h] = V(z_h); value[0] is not used. alive (H, ..): the
+    probability to go on after step h, which multiplies gamma there. Returns G (H, ..).
     """
     G, out = value[-1], []
     for h in reversed(range(len(rew))):
@@ -196,7 +193,7 @@ def lambda_return(rew, value, gamma, lam, alive=None):
 def batch_mean(x, live):
     """Mean over all axes but the first, live (H, B) = 0 counting as 0: x (H, B, ..) -> (H,)."""
     x = x.flatten(2).mean(2) if x.ndim > 2 else x
-    return (x * live).mean(1)  # of the whole batch, so that several ranks average to what one computes
+    return (x * live).mean(1)  # of the whole batch: several ranks average to what one computes
 
 
 def linear_fall(start, end, progress):
@@ -210,7 +207,7 @@ def late_fall(progress):
 
 
 def shares(total, rounds, first, last):
-    """Split `total` updates over rounds: fractions for first and last, the rest equally between."""
+    """Split `total` updates over rounds: fractions for first and last, the rest in equal parts."""
     if rounds == 1:
         return [total]
     middle = (1 - first - last) / max(rounds - 2, 1)
@@ -290,33 +287,31 @@ class WorldModel(nn.Module):
     """TD-MPC2's encoder E, dynamics F and reward R with task embeddings (Sec. 3.3, Table 1).
 
     obs (.., B, O), act (.., B, A), task (B,) ints, z (.., B, L). Observations and actions are
-    zero-padded to the widest task; `act_dims[task]` entries of an action are real, the rest masked.
+    padded with zeros to the widest task; `act_dims[task]` entries of an action are real.
     ends: a task that may end: a scalar head for rewards divided by `rew_std`, a head for ends, and
-    observations centred and scaled by `obs_mean` and `obs_std`. activation: see ACTIVATIONS;
-    residual: F predicts the change of a latent.
+    observations centred and scaled. activation: see ACTIVATIONS; residual: F predicts the change.
     """
 
     def __init__(self, obs_dim, act_dims, enc_layers, enc_hidden, hidden, latent, task_dim,
                  ends=False, activation="simnorm"):
         super().__init__()
-        inner, last = ACTIVATIONS[activation]
-        block = functools.partial(NormedLinear, act=inner)
-        self.ends, self.activation = bool(ends), activation
+        self.obs_dim, self.act_dims, self.ends = obs_dim, tuple(act_dims), bool(ends)
+        self.latent, self.task_dim, self.activation = latent, task_dim, activation
         self.residual = activation == "residual"
-        self.obs_dim, self.act_dims = obs_dim, tuple(act_dims)
-        self.latent, self.task_dim = latent, task_dim
         self.tasks = ()  # names of the task rows, where known
-        A = max(act_dims)
+        A = max(self.act_dims)
         mask = (torch.arange(A) < torch.tensor(self.act_dims)[:, None]).float()
         self.register_buffer("act_mask", mask, persistent=False)  # (N, A)
+        inner, last = ACTIVATIONS[activation]
+        block = functools.partial(NormedLinear, act=inner)
         widths = [obs_dim + task_dim] + [enc_hidden] * max(enc_layers - 1, 1)
         hiddens = [block(i, j) for i, j in zip(widths, widths[1:])]
         self.encoder = nn.Sequential(*hiddens, NormedLinear(widths[-1], latent, last))
         i = latent + task_dim + A
-        layers = block(i, hidden), block(hidden, hidden)
-        made = nn.Linear(hidden, latent) if self.residual else NormedLinear(hidden, latent, last)
-        self.dynamics = nn.Sequential(*layers, made)
-        layers = block(i, hidden), block(hidden, hidden)
+        layers = [block(i, hidden), block(hidden, hidden)]
+        end = nn.Linear(hidden, latent) if self.residual else NormedLinear(hidden, latent, last)
+        self.dynamics = nn.Sequential(*layers, end)
+        layers = [block(i, hidden), block(hidden, hidden)]
         self.reward_head = nn.Sequential(*layers, nn.Linear(hidden, 1 if ends else BINS))
         if ends:
             self.end_head = nn.Sequential(block(latent + task_dim, hidden), nn.Linear(hidden, 1))
@@ -335,8 +330,7 @@ class WorldModel(nn.Module):
         return torch.cat([x, self.task_emb(task).expand(*x.shape[:-1], -1)], -1)
 
     def encode(self, obs, task):
-        if self.ends:
-            obs = (obs - self.obs_mean) / self.obs_std
+        obs = (obs - self.obs_mean) / self.obs_std if self.ends else obs
         return self.encoder(self.with_task(obs, task))  # (.., B, L)
 
     def next(self, z, act, task):
@@ -359,23 +353,22 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def project_embeddings(self):
-        """Rows of the task table keep a norm of at most 1; after each step: the graph stays pure."""
+        """Rows of the task table keep a norm of at most 1; after a step: the graph stays pure."""
         if self.task_dim:
             norm = self.task_emb.weight.norm(dim=1, keepdim=True)
             self.task_emb.weight.mul_(torch.where(norm > 1, 1 / (norm + 1e-7), 1.0))
 
     def set_scales(self, episodes, task, most=1000):
-        """Of a task that ends: the deviation of all its rewards; mean and deviation of the
-        observations of `most` stored pieces at equal distances."""
-        if not self.ends:
-            return
-        arrays = episodes.arrays(task)
-        length = np.asarray(arrays["length"])
-        self.rew_std.fill_(reward_deviation(arrays))
-        pick = np.unique(np.linspace(0, len(length) - 1, most).astype(int))
-        seen = np.concatenate([arrays["obs"][i, :length[i]] for i in pick])
-        self.obs_mean.copy_(torch.from_numpy(seen.mean(0)))
-        self.obs_std.copy_(torch.from_numpy(seen.std(0)).clamp(min=1e-3))
+        """Of a task that ends: the deviation of all its rewards; mean and deviation of observations
+        of `most` stored pieces at equal distances."""
+        if self.ends:
+            arrays = episodes.arrays(task)
+            length = np.asarray(arrays["length"])
+            pick = np.unique(np.linspace(0, len(length) - 1, most).astype(int))
+            seen = np.concatenate([arrays["obs"][i, :length[i]] for i in pick])
+            self.rew_std.fill_(reward_deviation(arrays))
+            self.obs_mean.copy_(torch.from_numpy(seen.mean(0)))
+            self.obs_std.copy_(torch.from_numpy(seen.std(0)).clamp(min=1e-3))
 
 
 def reward_deviation(arrays):
@@ -408,8 +401,7 @@ class StackedMLP(nn.Module):
     def forward(self, x):
         for k, (W, b) in enumerate(zip(self.weight, self.bias)):
             x = torch.baddbmm(b, x, W).float()  # (n, B, J)
-            if k < len(self.gain):
-                x = self.block(x, k)
+            x = self.block(x, k) if k < len(self.gain) else x
         return x
 
     def block(self, x, k):
@@ -430,8 +422,7 @@ def init_orthogonal(i, j):
 
 
 class Actors(nn.Module):
-    """One Gaussian tanh policy per task: z (N, B, L), noise eps (N, B, A) or None -> act (N, B, A)
-    in [-1, 1]."""
+    """A Gaussian tanh policy per task: z (N, B, L), noise eps (N, B, A) or None -> (N, B, A)."""
 
     MIN_LOG_STD = -1.427  # sigma >= 0.24 (App. C.3)
 
@@ -444,25 +435,16 @@ class Actors(nn.Module):
 
     def forward(self, z, eps=None):
         u = self.mu(z)
-        if eps is not None:
-            u = u + self.log_std.exp() * eps
+        u = u if eps is None else u + self.log_std.exp() * eps
         return torch.tanh(u) * self.act_mask
 
     @torch.no_grad()
     def clamp_std(self):
         self.log_std.clamp_(min=self.MIN_LOG_STD)
 
-    def first(self):
-        """The first task's actor alone, as one would deploy it."""
-        widths = [w.shape[2] for w in self.mu.weight[:-1]]
-        one = Actors(self.act_mask[:1, 0], self.mu.weight[0].shape[1], widths)
-        one.load_state_dict({k: v[:1] for k, v in self.state_dict().items()})
-        return one.to(self.act_mask.device)
-
 
 class Critics(nn.Module):
-    """E value functions per task: z (N, B, L) -> (N, E, B). A network tells only how far a value is
-    from `offset`."""
+    """E value functions per task: z (N, B, L) -> (N, E, B), told as the distance from `offset`."""
 
     def __init__(self, n, latent, E=3, widths=(400, 200)):
         super().__init__()
@@ -491,8 +473,7 @@ class RunningStats(nn.Module):
 
     @torch.no_grad()
     def update(self, J):  # (n, samples)
-        b = J.shape[1]
-        mean, var = J.mean(1), J.var(1, unbiased=False)
+        b, mean, var = J.shape[1], J.mean(1), J.var(1, unbiased=False)
         total, delta = self.count + b, mean - self.mean
         m2 = self.var * self.count + var * b + delta.square() * self.count * b / total
         self.mean.copy_(self.mean + delta * b / total)
@@ -502,11 +483,11 @@ class RunningStats(nn.Module):
 
 # ----------------------------------------------------------------------------------------- losses
 def world_model_loss(wm, batch, rho=RHO):
-    """Eq. (10) with TD-MPC2's weights: consistency 20, reward 0.1, means over batch, latent, horizon.
+    """Eq. (10) with TD-MPC2's weights: consistency 20, reward 0.1, means over batch and horizon.
 
-    batch: obs (H+1, B, O), act (H, B, A), rew (H, B); term (H, B) says which steps ended their episode,
-    live (H, B) which are real (1) or beyond the end (0); task (B,) rows of the model's table.
-    Returns loss, metrics and the roll-out z (H+1, B, L).
+    batch: obs (H+1, B, O), act (H, B, A), rew (H, B); term (H, B) says which steps ended their
+    episode, live (H, B) which are real (1) or beyond the end (0); task (B,) rows of the model's
+    table. Returns loss, metrics and the roll-out z (H+1, B, L).
     """
     obs, act, rew, term, live, task = batch
     with torch.no_grad():  # no slow copy of the encoder: its own output on the next observation
@@ -516,9 +497,8 @@ def world_model_loss(wm, batch, rho=RHO):
         z.append(wm.next(z[-1], a, task))
     z = torch.stack(z)  # (H+1, B, L)
     logits = wm.reward(z[:-1], act, task)  # (H, B, 101) or (H, B, 1)
-    if wm.ends:
-        rew = (rew / wm.rew_std).clamp(-5, 5)  # not centred: deviation 9
-        error = (logits[..., 0] - rew).square()
+    if wm.ends:  # deviation 9
+        error = (logits[..., 0] - (rew / wm.rew_std).clamp(-5, 5)).square()
     else:
         error = two_hot_loss(logits, rew)  # App. C.1
     discount = rho ** torch.arange(len(act), device=z.device)  # (H,)
@@ -542,8 +522,7 @@ def imagine(wm, actors, obs, eps, task, alive=None, pseudo=True):
     with encode, next, reward, reward_value and end: with a true plant this is SHAC.
     """
     N, B = obs.shape[:2]
-    z = [wm.encode(obs.flatten(0, 1), task)]  # (N B, L)
-    acts = []
+    z, acts = [wm.encode(obs.flatten(0, 1), task)], []  # (N B, L)
     for e in eps:
         acts.append(actors(z[-1].detach().view(N, B, -1), e).flatten(0, 1))  # (N B, A)
         z.append(wm.next(z[-1], acts[-1], task))
@@ -557,9 +536,9 @@ def imagine(wm, actors, obs, eps, task, alive=None, pseudo=True):
 def imagined_returns(critics, z, rew, alive, gamma, lam):
     """What imagination is worth, for the actors, Eq. (6), and for the critics, Eqs. (7)-(8).
 
-    z (H+1, N, B, L), rew and alive (H, N, B) from `imagine`. Steps count by the probability that the
-    episode has come so far; an end has no value. Returns J (N, B), through which gradients flow,
-    targets (H, N, B) and the steps' weights (H, N, B).
+    z (H+1, N, B, L), rew and alive (H, N, B) from `imagine`. Steps count by the probability to come
+    so far; an end has no value. Returns J (N, B), through which gradients flow, targets (H, N, B)
+    and the steps' weights (H, N, B).
     """
     H, N, B = rew.shape
     discount = (gamma ** torch.arange(H + 1, device=z.device))[:, None, None]
@@ -570,7 +549,7 @@ def imagined_returns(critics, z, rew, alive, gamma, lam):
     with torch.no_grad():
         between = z[1:-1].transpose(0, 1).flatten(1, 2)  # (N, (H-1) B, L)
         value = critics(between).amin(1).view(N, H - 1, B).transpose(0, 1)
-        value = torch.cat([value_H[None], value, value_H[None]])  # (H+1, N, B); entry 0 is not read
+        value = torch.cat([value_H[None], value, value_H[None]])  # (H+1, N, B); 0 is not read
         target = lambda_return(rew, value, gamma, lam, alive)  # Eqs. (7)-(8)
     return J, target, reached[:-1].detach()
 
@@ -581,14 +560,14 @@ def actor_loss(J, var):
 
 
 def critic_loss(critics, z, target, weight):
-    """Eq. (9): z (N, M, L), target and weight (N, M) -> sum over tasks of the mean over critics and
-    batch of squared errors."""
+    """Eq. (9): z (N, M, L), target, weight (N, M) -> squared errors, summed over tasks and averaged
+    over critics and batch."""
     return ((critics(z) - target[:, None]).square() * weight[:, None]).mean((1, 2)).sum()
 
 
 def descend(loss, opt, max_norm, n=None):
-    """One step of opt down the loss, with the gradient's norm clipped: of all parameters, or of each
-    of n stacked networks. Returns the norm, () or (n,)."""
+    """One step of opt down the loss, the gradient's norm clipped: of all parameters, or of each of
+    n stacked networks. Returns the norm, () or (n,)."""
     opt.zero_grad(set_to_none=True)
     loss.backward()
     params = [p for group in opt.param_groups for p in group["params"]]
@@ -598,7 +577,7 @@ def descend(loss, opt, max_norm, n=None):
 
 
 def clip_each(params, max_norm, n):
-    """Clip the gradients of n stacked networks one network at a time; the norms (n,) before it."""
+    """Clip the gradients of n stacked networks one by one; the norms (n,) before it."""
     grads = [p.grad.view(n, -1) for p in params]
     norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in grads])
     norm = torch.linalg.vector_norm(norms, dim=0)
@@ -612,13 +591,14 @@ def clip_each(params, max_norm, n):
 def train(run, args, agent, episodes, workers):
     """Algorithm 1 in rounds: play, fit the model by Eq. (10), freeze it, improve all policies by
     Eqs. (6)-(9). On given data there is one round, whose play stage only looks at the data."""
-    wm, actors, critics, stats = agent.wm, agent.actors, agent.critics, agent.stats
-    f, opt, rng, N, B = agent.functions, agent.opt, agent.rng, len(agent.tasks), args.policy_batch
+    wm, actors, critics, stats, opt = agent.wm, agent.actors, agent.critics, agent.stats, agent.opt
+    f, N, B, H = agent.functions, len(agent.tasks), args.policy_batch, args.horizon
+    rand = dict(generator=agent.rng["policy"], device=agent.device)
     model_steps = shares(args.wm_steps, args.rounds, *agent.shares["model", args.ends])
     policy_steps = shares(args.policy_steps, args.rounds, *agent.shares["policy", args.ends])
     if run.rank:  # the other ranks of torchrun help to train the model
         policy_steps = [0] * args.rounds
-    played = [args.round_episodes if r else args.seed_episodes for r in range(args.rounds)]
+    played = [args.seed_episodes] + [args.round_episodes] * (args.rounds - 1)
     run.expects(play=sum(played), model=sum(model_steps), policy=sum(policy_steps))
     for r in run.rounds(args.rounds):
         for _ in run.once("play", played[r]):
@@ -633,7 +613,7 @@ def train(run, args, agent, episodes, workers):
         calm = 1 - r / args.rounds if args.ends else 1.0  # deviation 8
         for step in run.steps("model", model_steps[r], shared=True):
             set_rates(opt["model"], args.wm_lr, calm * late_fall(step / model_steps[r]))
-            batch = agent.share(sampler.sequences(args.wm_batch, rng["model"]), run)
+            batch = agent.share(sampler.sequences(args.wm_batch, agent.rng["model"]), run)
             loss, metrics, z = f.world_model_loss(batch, RHO)  # Eq. (10)
             norm = descend(loss, opt["model"], 20.0)
             agent.after_model_step(z, batch, metrics)
@@ -645,10 +625,10 @@ def train(run, args, agent, episodes, workers):
         wm.requires_grad_(False)  # frozen: extraction computes no gradients of its weights
         task = agent.rows.repeat_interleave(B)  # (N B,)
         for step in run.steps("policy", policy_steps[r]):
-            done = (sum(policy_steps[:r]) + step) / sum(policy_steps)
-            set_rates(opt["actors"], linear_fall(args.policy_lr, 1e-5, done))  # Table 1
-            set_rates(opt["critics"], linear_fall(args.critic_lr, 1e-5, done))
-            noise = agent.noise(args.horizon, N, B)
+            updates = sum(policy_steps[:r]) + step
+            for name, lr in (("actors", args.policy_lr), ("critics", args.critic_lr)):
+                set_rates(opt[name], linear_fall(lr, 1e-5, updates / sum(policy_steps)))  # Table 1
+            noise = torch.randn(H, N, B, wm.act_mask.shape[1], **rand)
             obs, alive = agent.starts(sampler, noise)
             z, rew, alive = f.imagine(wm, actors, obs, noise, task, alive)
             J, target, weight = f.imagined_returns(critics, z, rew, alive, args.gamma, args.lam)
@@ -659,15 +639,15 @@ def train(run, args, agent, episodes, workers):
             z, target, weight = by_task(z[:-1].detach()), by_task(target), by_task(weight)
             if args.ends:
                 critics.follow(target)
-            for order in agent.orders(args.critic_passes, z.shape[1]):
+            for order in torch.rand(args.critic_passes, H * B, **rand).argsort(1):
                 for m in order.chunk(CRITIC_BATCHES):  # App. C.2
                     error = f.critic_loss(critics, z[:, m], target[:, m], weight[:, m])  # Eq. (9)
                     norm = descend(error, opt["critics"], 100.0, critics.n)
             run.note(actor_loss=loss.detach() / N, critic_loss=error.detach() / N,
                      imagined_return=J.detach().mean(1).mean(), actor_grad_norm=actor_norm.mean(),
                      critic_grad_norm=norm.mean(), sigma=actors.log_std.detach().exp().mean())
-            if args.eval_every and (step + 1 == policy_steps[r] or not (step + 1) % args.eval_every):
-                evaluate_now(run, args, agent, workers, sum(policy_steps[:r]) + step + 1)
+            if args.eval_every and 0 in ((step + 1) % args.eval_every, policy_steps[r] - step - 1):
+                evaluate_now(run, agent, workers, updates + 1)
 
 
 def set_rates(opt, lr, fall=1.0):
@@ -686,8 +666,8 @@ def wait_for_all(run):
 
 
 class Agent:
-    """The networks of a run for all tasks, their optimisers and random generators, and how they act.
-    Studies subclass it: `networks`, `functions` and `after_model_step` are theirs to change."""
+    """The networks of a run for all tasks, their optimisers and generators, and how they act.
+    Studies subclass it, to change its networks and functions."""
 
     activation = None  # of a model that is trained here: simnorm, or residual for a task that ends
     shares = property(lambda self: SHARES)
@@ -706,42 +686,41 @@ class Agent:
             nets["best"] = copy.deepcopy(nn.ModuleDict(dict(wm=wm, actors=self.actors)))
         self.nets = nn.ModuleDict(nets).to(device)
         self.rows, self.best = self.rows.to(device), nets.get("best")
-        self.opt = self.optimizers()
-        names = "model", "policy"
-        self.rng = {k: torch.Generator(device).manual_seed(args.seed + i) for i, k in enumerate(names)}
         self.where = dict(best=-math.inf)  # return of the best round
+        self.opt, self.beside = self.optimizers(), None
+        seeds = dict(model=args.seed, policy=args.seed + 1)
+        self.rng = {k: torch.Generator(device).manual_seed(s) for k, s in seeds.items()}
         model = nn.parallel.DistributedDataParallel(wm) if world > 1 else wm
         amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
         losses = dict(world_model_loss=model, imagine=imagine, critic_loss=critic_loss,
                       imagined_returns=imagined_returns)
-        self.functions = SimpleNamespace(**{k: prepare(x, amp, args.compile) for k, x in losses.items()})
-        self.beside = None  # for a task that ends and without given data, see `environments`
+        made = {name: prepare(fn, amp, args.compile) for name, fn in losses.items()}
+        self.functions = SimpleNamespace(**made)
 
     def world_model(self):
         a, facts = self.args, self.facts
         if a.checkpoint:
             return load_world_model(a.checkpoint)
-        sizes = model_dims(a.model_size, len(facts), self.tasks == MT80)
-        kind = self.activation or ("residual" if a.ends else "simnorm")
         return WorldModel(max(f.obs_dim for f in facts), [f.act_dim for f in facts], ends=a.ends,
-                          activation=kind, **sizes)
+                          activation=self.activation or ("residual" if a.ends else "simnorm"),
+                          **model_dims(a.model_size, len(facts), self.tasks == MT80))
 
     def networks(self):
         """{name: module}, among them actors and critics."""
-        wm = self.wm
-        actors, critics = Actors(wm.act_mask[self.rows], wm.latent), Critics(len(self.tasks), wm.latent)
+        actors = Actors(self.wm.act_mask[self.rows], self.wm.latent)
+        critics = Critics(len(self.tasks), self.wm.latent)
         if self.args.ends:
             with torch.no_grad():  # begin by doing next to nothing: deviation 9
                 actors.mu.weight[-1].mul_(0.01)
         return dict(actors=actors, critics=critics)
 
     def optimizers(self):
-        """{name: Adam}: the world model's with the encoder at 0.3 of its rate, actors', critics'."""
-        adam, named = functools.partial(torch.optim.Adam, fused=True), list(self.wm.named_parameters())
-        encoder = [p for name, p in named if name.startswith("encoder")]
-        rest = [p for name, p in named if not name.startswith("encoder")]
-        return dict(model=adam([dict(params=encoder, share=0.3), dict(params=rest)], 3e-4),
-                    actors=adam(self.actors.parameters(), 5e-4, BETAS),
+        """{name: Adam}: the model's with its encoder at 0.3 of the rate, actors', critics'."""
+        adam, parts = functools.partial(torch.optim.Adam, fused=True), ([], [])
+        for name, p in self.wm.named_parameters():
+            parts[not name.startswith("encoder")].append(p)
+        model = [dict(params=parts[0], share=0.3), dict(params=parts[1])]
+        return dict(model=adam(model, 3e-4), actors=adam(self.actors.parameters(), 5e-4, BETAS),
                     critics=adam(self.critics.parameters(), 5e-4, BETAS))
 
     def after_model_step(self, z, batch, metrics):
@@ -756,17 +735,8 @@ class Agent:
         part = slice(run.rank, None, run.world)
         return Batch(*(x[:, part] for x in batch[:5]), self.rows[batch.task[part]])
 
-    def noise(self, *shape):
-        A = self.wm.act_mask.shape[1]
-        return torch.randn(*shape, A, generator=self.rng["policy"], device=self.device)
-
-    def orders(self, passes, n):
-        """(passes, n): the numbers 0 .. n-1 in random orders"""
-        u = torch.rand(passes, n, generator=self.rng["policy"], device=self.device)
-        return u.argsort(1)
-
     def starts(self, sampler, noise):
-        """Where imagination starts, obs (N, B, O), and, with environments beside it, how they fared."""
+        """Where imagination starts, (N, B, O); with environments beside it also how they fared."""
         if self.beside:
             return self.beside.roll(self, noise)
         return sampler.starts(self.args.policy_batch, self.rng["policy"]), None
@@ -775,7 +745,7 @@ class Agent:
         return Beside(self.args, self.tasks[0], self.facts[0], episodes)
 
     def policy(self, obs, task, eps=None, best=False):
-        """What roll-outs call: numpy obs (n, o), task (n,), noise (n, A) or None -> actions (n, A)."""
+        """What roll-outs call: numpy obs (n, o), task (n,), noise (n, A) or None -> (n, A)."""
         wm, actors = self.best.values() if best else (self.wm, self.actors)
         task, A = torch.as_tensor(task, device=self.device), wm.act_mask.shape[1]
         eps = None if eps is None else pad(eps, A, self.device)
@@ -792,20 +762,13 @@ class Agent:
             out["best round"] = lambda obs, task, *_: self.policy(obs, task, best=True), n
         return out
 
-    def latency(self):
-        """{"ours": median milliseconds for one action of the first task}"""
-        wm, rows, single = self.wm, self.rows[:1], self.actors.first()
-        obs = torch.zeros(1, wm.obs_dim, device=self.device)
-        return dict(ours=milliseconds(lambda: single(wm.encode(obs, rows)[None]), self.device))
-
     def keep(self, run, episodes):
-        """Tell the run what its checkpoints hold; `wm`, `tasks`, `act_dims` and `activation` make
-        such a file a loadable world model."""
+        """Tell the run what its checkpoints hold; `wm` and `facts` make one a loadable model."""
         facts = dict(tasks=list(self.wm.tasks), act_dims=list(self.wm.act_dims),
                      activation=self.wm.activation, policy_tasks=list(self.tasks))
         parts = dict(self.nets.items()) | {f"opt_{k}": o for k, o in self.opt.items()}
-        parts |= {f"rng_{k}": g for k, g in self.rng.items()}
-        parts |= dict(where=self.where, beside=self.beside)  # beside writes episodes: before these
+        parts |= {f"rng_{k}": g for k, g in self.rng.items()} | dict(where=self.where)
+        parts["beside"] = self.beside  # it writes episodes: before these
         run.keeps(facts, **parts, episodes=None if self.args.data_dir or run.rank else episodes)
 
     def load_policies(self, path):
@@ -813,8 +776,9 @@ class Agent:
         file = torch.load(path, map_location=self.device, weights_only=True)
         known = file.get("policy_tasks", [])
         if missing := [t for t in self.tasks if t not in known]:
-            raise SystemExit(f"{path} has no policy for {missing[0]}: --eval-only needs runs/<name>/checkpoint.pt of a "
-                             f"run with that task; this file has policies for {', '.join(known) or 'no task'}")
+            raise SystemExit(f"{path} has no policy for {missing[0]}: --eval-only needs "
+                             "checkpoint.pt of a run with that task; this file has policies for "
+                             f"{', '.join(known) or 'no task'}")
         pick = torch.tensor([known.index(t) for t in self.tasks])
         self.actors.load_state_dict({k: v[pick] for k, v in file["actors"].items()})
         if self.best and "best" in file:
@@ -838,16 +802,14 @@ def act(wm, actors, rows, obs, task, eps=None):
     z = wm.encode(obs, rows[task])  # (n, L)
     N, order = len(rows), task.argsort(stable=True)
     count = task.bincount(minlength=N)
-    column = torch.empty_like(task)
-    first = (count.cumsum(0) - count)[task[order]]
+    first, column = (count.cumsum(0) - count)[task[order]], torch.empty_like(task)
     column[order] = torch.arange(len(task), device=task.device) - first
-    grid = z.new_zeros(N, int(count.max()), z.shape[1])
-    grid[task, column] = z
-    noise = None
-    if eps is not None:
-        noise = eps.new_zeros(N, grid.shape[1], eps.shape[1])
-        noise[task, column] = eps
-    return actors(grid, noise)[task, column]
+
+    def grid(x):
+        out = x.new_zeros(N, int(count.max()), x.shape[1])
+        out[task, column] = x
+        return out
+    return actors(grid(z), None if eps is None else grid(eps))[task, column]
 
 
 def pad(obs, width, device):
@@ -858,6 +820,7 @@ def pad(obs, width, device):
 
 # ------------------------------------------------------------------------- roll-outs in the world
 PIECE = 100  # ends: steps of a stored piece of an episode; files have room for full ones
+HOLDS = 1, 2, 4, 8, 16, 32  # agent steps for which random actions are held: slow bodies need many
 
 
 def roll_out(run, args, agent, episodes, workers, r, n):
@@ -867,37 +830,35 @@ def roll_out(run, args, agent, episodes, workers, r, n):
     played, returns = collect(workers, agent.tasks, n, r, args, agent.policy, note), {}
     for t in agent.tasks:
         mine = [e for e in played if e["task"] == t]
-        parts = [piece for e in mine for piece in pieces(e, PIECE if args.ends else len(e["rew"]))]
+        parts = [x for e in mine for x in pieces(e, PIECE if args.ends else len(e["rew"]))]
         episodes.append(t, *zip(*parts))
         undisturbed = mine[::2] if args.ends and r else mine
         returns[t] = float(np.mean([e["ret"] for e in undisturbed]))
-    mean, length = float(np.mean(list(returns.values()))), [len(e["rew"]) for e in played]
+    mean, steps = float(np.mean(list(returns.values()))), [len(e["rew"]) for e in played]
     entry = {"round": r, "seconds": run.seconds, "return": returns}
     if args.ends:
-        entry |= {"steps": sum(length), "length": float(np.mean(length)),
+        entry |= {"steps": sum(steps), "length": float(np.mean(steps)),
                   "window_steps": agent.beside.steps}  # in all so far
         if r and mean > agent.where["best"]:
             agent.where["best"] = mean
-            agent.best["wm"].load_state_dict(agent.wm.state_dict())
-            agent.best["actors"].load_state_dict(agent.actors.state_dict())
-        if np.mean(length) < args.horizon:
-            print(f"round {r}: nearly all imagined windows of {args.horizon} steps end, and only "
-                  "those that go on teach what an end costs: try --horizon "
-                  f"{max(1, round(np.mean(length) / 2))}")
+            for name, net in agent.best.items():
+                net.load_state_dict(agent.nets[name].state_dict())
+        if np.mean(steps) < args.horizon:
+            run.say(f"round {r}: nearly all imagined windows of {args.horizon} steps end, and only "
+                    "those that go on teach what an end costs: try --horizon "
+                    f"{max(1, round(np.mean(steps) / 2))}")
     run.history.append(entry)
-    run.log({f"rollout/{t}/return": v for t, v in returns.items()} | {"charts/episodic_return": mean})
-    run.say(f"round {r}: {len(played) // len(returns)} episodes per task, {np.mean(length):.0f} "
-            f"steps on average, mean return {mean:.1f}")
+    run.log({f"rollout/{t}/return": v for t, v in returns.items()})
+    run.log({"charts/episodic_return": mean})
+    run.say(f"round {r}: {len(played)} episodes of {np.mean(steps):.0f} steps on average, mean "
+            f"return {mean:.1f}")
 
 
 def collect(workers, tasks, n, r, args, policy, note):
-    """Roll out n episodes per task, or, if they end early, as many as have the steps of n (at most
-    64 n)."""
-    if not args.ends:
-        return play_round(workers, tasks, n, r, args, policy, note)
-    played, wanted = [], n * task_facts(tasks[0]).episode_length
-    steps, more = 0, n + n % 2  # an even number, as every other one is disturbed
-    while steps < wanted and len(played) < 64 * n:
+    """Roll out n episodes per task; if they end early, as have the steps of n, 64 n at most."""
+    played, steps, wanted = [], 0, n * task_facts(tasks[0]).episode_length
+    more = n + n % 2 if args.ends else n  # an even number, as every other one is disturbed
+    while not played or args.ends and steps < wanted and len(played) < 64 * n:
         played += play_round(workers, tasks, more, r, args, policy, note, len(played))
         steps = sum(len(e["rew"]) for e in played)
         more = min(64, 2 * math.ceil((wanted - steps) * len(played) / steps / 2))
@@ -906,33 +867,29 @@ def collect(workers, tasks, n, r, args, policy, note):
 
 def play_round(workers, tasks, n, r, args, policy, note, first=0):
     """Episodes first .. first + n - 1 of every task: random actions in round 0, then the current
-    stochastic policies, those of odd number disturbed: the policies soon repeat one path, and a
-    model that saw only that path does not know how to come back to it. All noise is drawn per
-    episode beforehand, so that neither the number of workers nor their timing changes anything."""
+    stochastic policies, those of odd number disturbed: about every 50 steps a random action takes
+    over for 10. Policies soon repeat one path, and a model that saw only that path does not know
+    how to come back to it. All noise is drawn per episode beforehand, so that neither the number of
+    workers nor their timing changes anything."""
     start = 10**6 * args.seed + 10**4 * r + first
     jobs = [(t, small_seed(start + i)) for t in tasks for i in range(n)]
-    A = max(task_facts(t).act_dim for t in tasks)
-    scripts = []
-    for j, (t, _) in enumerate(jobs):
-        rng, T = np.random.default_rng([args.seed, r, first + j]), task_facts(t).episode_length
-        if r == 0:
-            scripts.append((random_actions(T, A, HOLDS[j % n % len(HOLDS)], rng),))
-        else:
-            scripts.append(disturbance(T, A, j % 2, rng))
+    facts = [task_facts(t) for t, _ in jobs]
+    shape = max(f.episode_length for f in facts), max(f.act_dim for f in facts)
+    noise, held = np.zeros((2, len(jobs), *shape), np.float32)
+    taken = np.zeros((len(jobs), shape[0], 1), bool)
+    for j, T in enumerate(f.episode_length for f in facts):
+        rng = np.random.default_rng([args.seed, r, first + j])
+        if r:
+            noise[j, :T] = rng.standard_normal((T, shape[1]), np.float32)
+        held[j, :T] = random_actions(T, shape[1], 10 if r else HOLDS[j % n % len(HOLDS)], rng)
+        if r:
+            taken[j, :T, 0] = np.convolve(rng.random(T) < 0.02 * (j % 2), np.ones(10))[:T] > 0
 
     def acts(obs, job, t):
-        mine = [scripts[j] for j in job]
         if r == 0:
-            return np.stack([script[0][k] for script, k in zip(mine, t)])
-        out = policy(obs, job // n, np.stack([noise[k] for (noise, *_), k in zip(mine, t)]))
-        for i, ((_, held, taken), k) in enumerate(zip(mine, t)):
-            if taken[k]:
-                out[i] = held[k]
-        return out
+            return held[job, t]
+        return np.where(taken[job, t], held[job, t], policy(obs, job // n, noise[job, t]))
     return workers.rollout(jobs, acts, note)
-
-
-HOLDS = 1, 2, 4, 8, 16, 32  # agent steps for which random actions are held: slow bodies need many
 
 
 def random_actions(T, act_dim, hold, rng):
@@ -940,33 +897,25 @@ def random_actions(T, act_dim, hold, rng):
     return rng.uniform(-1, 1, (-(-T // hold), act_dim)).repeat(hold, 0)[:T].astype(np.float32)
 
 
-def disturbance(T, A, disturbed, rng):
-    """Noise (T, A) of a policy, random actions (T, A), and where these take over, (T,): about every
-    50 steps for 10 (deviation 7)."""
-    noise, held = rng.standard_normal((T, A), np.float32), random_actions(T, A, 10, rng)
-    taken = np.convolve(rng.random(T) < 0.02 * disturbed, np.ones(10))[:T] > 0
-    return noise, held, taken
-
-
 def small_seed(seed):
-    """A seed as it is, or, where it has more than the 32 bits that simulators take, mapped to them."""
+    """A seed as it is, or mapped to the 32 bits that simulators take if it has more."""
     return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 def pieces(episode, most):
     """[(obs, act, rew, term), ..]: an episode cut into pieces of at most so many steps."""
     o, a, r, e = (episode[k] for k in ("obs", "act", "rew", "term"))
-    cuts = [slice(t, t + most) for t in range(0, len(r), most)]
-    return [(o[c.start:c.stop + 1], a[c], r[c], e[c]) for c in cuts]
+    starts = range(0, len(r), most)
+    return [(o[t:t + most + 1], a[t:t + most], r[t:t + most], e[t:t + most]) for t in starts]
 
 
 class Beside:
-    """Environments beside the imagination (deviation 8): B of them go on for H steps with the actions
-    of the next imagined windows, which start where they are, and tell which windows ended. One that
-    has ended, or done all its steps, begins anew; a window in which the latter happens goes on in
-    imagination. An end has no slope: policies learn to avoid it from the values of windows that went
-    on, so that H has to be well below the length of episodes.
-    What they did is data: complete pieces are written before every checkpoint, which has the rest."""
+    """Environments beside the imagination (deviation 8): B of them go on for H steps with the
+    actions of the next imagined windows, which start where they are, and tell which windows ended.
+    One that has ended, or done all its steps, begins anew; a window of the latter kind goes on
+    in imagination. An end has no slope: policies learn to avoid it from the values of windows
+    that went on, so that H has to be well below the length of episodes. What they did is data:
+    complete pieces are written before every checkpoint, which has the rest."""
 
     def __init__(self, args, task, facts, episodes):
         self.env = beside(task, args.policy_batch, args.seed, args.workers)
@@ -985,21 +934,20 @@ class Beside:
         alive, z = torch.ones(len(noise), 1, len(start)), agent.wm.encode(start, agent.rows[0])
         for h, eps in enumerate(noise):
             action = agent.actors(z[None], eps)[0]
-            terminated = self.step(action.cpu().numpy())
-            alive[h:, 0, terminated] = 0
+            alive[h:, 0, self.step(action.cpu().numpy())] = 0
             z = agent.wm.next(z, action, agent.rows[0])
         return start[None], alive.to(agent.device)
 
     def step(self, action):
-        """One step of all; write it into the book of each and tear out complete pieces."""
+        """One step of all, into the book of each; tears out complete pieces. Returns terminated."""
         self.obs, rew, terminated, truncated, last = self.env.step(action)
         book, i, t = self.book, np.arange(len(action)), self.book["t"]
         book["act"][i, t], book["rew"][i, t], book["obs"][i, t + 1] = action, rew, last
         t += 1
         for b in np.flatnonzero(terminated | truncated | (t == PIECE)):
-            term = np.zeros(t[b], bool)
+            n, term = t[b], np.zeros(t[b], bool)
             term[-1] = terminated[b]
-            piece = book["obs"][b, :t[b] + 1], book["act"][b, :t[b]], book["rew"][b, :t[b]]
+            piece = book["obs"][b, :n + 1], book["act"][b, :n], book["rew"][b, :n]
             self.complete.append((*(x.copy() for x in piece), term))
             book["obs"][b, 0], t[b] = self.obs[b], 0
         self.steps += len(action)
@@ -1011,7 +959,7 @@ class Beside:
             self.episodes.append(self.task, *zip(*self.complete))
         self.complete = []
         arrays = {f"env.{k}": v for k, v in self.env.state_dict().items()} | self.book
-        return {"steps": self.steps, **{k: torch.tensor(np.asarray(v)) for k, v in arrays.items()}}
+        return {"steps": self.steps} | {k: torch.tensor(np.asarray(v)) for k, v in arrays.items()}
 
     def load_state_dict(self, state):
         self.steps = state["steps"]
@@ -1023,9 +971,8 @@ class Beside:
 # ----------------------------------------------------------------------- published world models
 def read_layers(weights, prefix):
     """The tensors of one MLP in network order, [{weight, bias, ln.weight, ln.bias}, ..]. Layouts:
-    `0.weight, 0.ln.weight` (TD-MPC2 now, PWM) and a plain Sequential `1.weight` (Linear), `2.weight`
-    (LayerNorm)."""
-    modules = {}
+    `0.weight, 0.ln.weight` (TD-MPC2 now, PWM) and a Sequential `1.weight`, `2.weight` (LN)."""
+    modules, layers = {}, []
     for key, value in weights.items():
         if key.startswith(prefix + "."):
             path, _, name = key[len(prefix) + 1:].rpartition(".")
@@ -1033,7 +980,6 @@ def read_layers(weights, prefix):
 
     def place(path):
         return [(p == "ln", int(p) if p.isdigit() else 0) for p in path.split(".")]
-    layers = []
     for path in sorted(modules, key=place):
         if modules[path]["weight"].ndim == 2:
             layers.append(dict(modules[path]))
@@ -1043,42 +989,40 @@ def read_layers(weights, prefix):
 
 
 def find_world_model(file, path):
-    """The world model's tensors in what `safe_load` returned, keys without `_` and `state.`, and the
-    name of its reward head."""
+    """The world model's tensors in what `safe_load` returned, their keys without `_` and `state.`,
+    and the name of its reward head."""
     nested = [k for k in ("wm", "model", "world_model") if isinstance(file, dict) and k in file]
     file = file[nested[0]] if nested else file
-    items = file.items() if isinstance(file, dict) else ()
     weights = {k.replace("_encoder.state.", "_encoder.").removeprefix("_"): v
-               for k, v in items if torch.is_tensor(v)}
+               for k, v in (file.items() if isinstance(file, dict) else ()) if torch.is_tensor(v)}
     found = {k.split(".")[0] for k in weights}
     head = found & {"reward", "reward_head"}
     if not (head and found >= {"encoder", "dynamics"}):
-        raise SystemExit(f"{path} has no world model: found keys {sorted(weights)[:5]}, expected _encoder.*, "
-                         "_dynamics.* and _reward.* of TD-MPC2 or PWM, or a checkpoint.pt of pwm.py")
+        raise SystemExit(f"{path} has no world model: found keys {sorted(weights)[:5]}, expected "
+                         "_encoder.*, _dynamics.* and _reward.* of TD-MPC2 or PWM, or a "
+                         "checkpoint.pt of pwm.py")
     return weights, head.pop()
 
 
 def load_world_model(path, device="cpu"):
-    """A WorldModel from TD-MPC2's and PWM's published files (three key layouts) or from our own
-    checkpoint.pt. Sizes are inferred from shapes. SystemExit: not a world model, or shapes that do
-    not fit together."""
+    """A WorldModel from TD-MPC2's and PWM's published files (three key layouts) or our own.
+    Sizes follow from shapes. SystemExit: not a world model, or shapes that do not fit together."""
     file = data.safe_load(path)
     weights, head = find_world_model(file, path)
     names = dict(encoder="encoder", dynamics="dynamics", reward_head=head, end_head="end_head")
     layers = {ours: read_layers(weights, theirs) for ours, theirs in names.items()}
-    enc, dyn = layers["encoder"], layers["dynamics"]
+    (enc_hidden, width), enc = layers["encoder"][0]["weight"].shape, layers["encoder"]
+    (hidden, i), ends = layers["dynamics"][0]["weight"].shape, bool(layers["end_head"])
+    latent, bins = (layers[k][-1]["bias"].numel() for k in ("dynamics", "reward_head"))
     n, e = weights["task_emb.weight"].shape if "task_emb.weight" in weights else (1, 0)
-    latent, bins = dyn[-1]["weight"].shape[0], layers["reward_head"][-1]["weight"].shape[0]
-    act_dim, ends = dyn[0]["weight"].shape[1] - latent - e, bool(layers["end_head"])
     suite = {30: MT30, 80: MT80}.get(n, ())
-    dims = file.get("act_dims") or [task_facts(t).act_dim for t in suite] or [act_dim] * n
-    if bins != (1 if ends else BINS) or max(dims) != act_dim:
-        raise SystemExit(f"{path} has {bins} reward classes and {act_dim} actions for {n} tasks; expected "
-                         f"{BINS} and {max(dims)}: not a world model of this family")
+    dims = file.get("act_dims") or [task_facts(t).act_dim for t in suite] or [i - latent - e] * n
+    if bins != (1 if ends else BINS) or max(dims) != i - latent - e:
+        raise SystemExit(f"{path} has {bins} reward classes and {i - latent - e} actions for {n} "
+                         f"tasks; expected {BINS} and {max(dims)}: not of this family of models")
     activation = file.get("activation") or file.get("args", {}).get("activation", "simnorm")
-    wm = WorldModel(enc[0]["weight"].shape[1] - e, dims, len(enc), enc[0]["weight"].shape[0],
-                    dyn[0]["weight"].shape[0], latent, e, ends, activation)
-    state = {k: v for k, v in wm.state_dict().items() if k in ("obs_mean", "obs_std")}  # old: 0, 1
+    wm = WorldModel(width - e, dims, len(enc), enc_hidden, hidden, latent, e, ends, activation)
+    state = {k: v for k, v in wm.state_dict().items() if k in ("obs_mean", "obs_std")}
     state |= {k: weights[k] for k in ("task_emb.weight", "rew_std", *state) if k in weights}
     for name, made in layers.items():
         for i, layer in enumerate(made):
@@ -1094,21 +1038,22 @@ def load_world_model(path, device="cpu"):
 
 
 def task_rows(wm, tasks, facts, path):
-    """Rows of the model's task table for our tasks, (N,) ints. SystemExit: a model of other tasks."""
-    whole = len(tasks) == len(wm.act_dims)
-    known = wm.tasks if len(wm.tasks) == len(wm.act_dims) else tuple(tasks) if whole else ()
+    """Rows of the model's task table for our tasks, (N,). SystemExit: a model of other tasks."""
+    known = wm.tasks if len(wm.tasks) == len(wm.act_dims) else tuple(tasks)
     for t, f in zip(tasks, facts):
-        row = known.index(t) if t in known else None
+        row = known.index(t) if t in known and len(known) == len(wm.act_dims) else None
         if row is None or wm.act_dims[row] != f.act_dim or f.obs_dim > wm.obs_dim:
-            raise SystemExit(f"{path} is a world model ({len(wm.act_dims)} tasks, obs {wm.obs_dim}, latent "
-                             f"{wm.latent}) not trained on {t}: expected --task mt30, mt80 or one of its tasks")
+            raise SystemExit(f"{path} is a world model (latent {wm.latent}, "
+                             f"{len(wm.act_dims)} tasks, obs {wm.obs_dim}) not trained on {t}: "
+                             "expected --task mt30, mt80 or one of its tasks")
     return torch.tensor([known.index(t) for t in tasks])
 
 
 # ----------------------------------------------------------------------------------------- set-up
-# millions of parameters: encoder layers and width, other width, latent, Q functions, task embedding
-SIZES = {1: (2, 256, 384, 128, 2, 96), 5: (2, 256, 512, 512, 5, 64), 19: (3, 1024, 1024, 512, 5, 64),
-         48: (4, 1792, 1792, 768, 5, 64), 317: (5, 4096, 4096, 1376, 8, 96)}  # Table 1
+# millions of parameters: encoder layers and width, other width, latent, Q functions, embedding
+SIZES = {1: (2, 256, 384, 128, 2, 96), 5: (2, 256, 512, 512, 5, 64),  # Table 1
+         19: (3, 1024, 1024, 512, 5, 64), 48: (4, 1792, 1792, 768, 5, 64),
+         317: (5, 4096, 4096, 1376, 8, 96)}
 SHARES = {  # of all updates, in the first round and in the last, by kind and whether tasks end
     ("model", False): (0.25, 0.2), ("policy", False): (0.04, 0.3),
     ("model", True): (0.3, 0.05), ("policy", True): (0.01, 0.05)}
@@ -1131,16 +1076,18 @@ BUDGETS = {  # what the flags that were left out become, by device and kind of t
     ("cuda", "ends"): GPU | ENDS | dict(model_size=5, seed_episodes=20, round_episodes=64,
                                         wm_steps=60_000, wm_batch=256, policy_steps=15_000)}
 FAST = dict(model_size=1, rounds=2, seed_episodes=4, round_episodes=1, wm_steps=200, wm_batch=64,
-            wm_horizon=4, wm_lr=1e-3, policy_steps=20, policy_batch=8, critic_passes=1, eval_episodes=1)
-COUNTS = "workers rounds seed_episodes round_episodes wm_batch wm_horizon policy_batch critic_passes"
-RANGES = {k: (1, None) for k in f"{COUNTS} horizon eval_episodes".split()} | dict(
-    seed=(0, 2**62), save_every=(0, None), wm_steps=(0, None), policy_steps=(0, None),
-    eval_every=(0, None), wm_lr=(0, 1), policy_lr=(0, 1), critic_lr=(0, 1), gamma=(0, 1), lam=(0, 1))
+            wm_horizon=4, wm_lr=1e-3, policy_steps=20, policy_batch=8, critic_passes=1,
+            eval_episodes=1)
+OWN, MODEL = "rounds seed_episodes round_episodes", "model_size wm_steps wm_batch wm_lr"
+COUNTS = f"{OWN} workers wm_batch wm_horizon policy_batch critic_passes horizon eval_episodes"
+RANGES = dict.fromkeys(COUNTS.split(), (1, None))
+RANGES |= dict.fromkeys("save_every wm_steps policy_steps eval_every".split(), (0, None))
+RANGES |= dict.fromkeys("wm_lr policy_lr critic_lr gamma lam".split(), (0, 1))
+RANGES["seed"] = 0, 2**62
 
 
 def model_dims(size, n_tasks, mt80=False):
-    """Keyword arguments of WorldModel for a model size; 19M and the task embedding differ between
-    MT30 and MT80."""
+    """Keyword arguments of WorldModel for a model size; some differ between MT30 and MT80."""
     layers, enc, hidden, latent, _, emb = SIZES[size]
     if mt80:
         latent, emb = 768 if size == 19 else latent, 96
@@ -1151,7 +1098,8 @@ def model_dims(size, n_tasks, mt80=False):
 def task_list(text):
     tasks = SUITES.get(text) or tuple(t.strip() for t in text.split(",") if t.strip())
     if not tasks or len(set(tasks)) < len(tasks):
-        raise SystemExit(f"--task {text!r} names no task, or one twice: expected mt30, mt80 or walker-walk,cup-catch")
+        raise SystemExit(f"--task {text!r} names no task, or one twice: expected mt30, mt80 or "
+                         "walker-walk,cup-catch")
     return tasks
 
 
@@ -1160,86 +1108,74 @@ def check(args):
     data.check_ranges(args, RANGES)
     if args.resume:
         return
-    own, model = "rounds seed_episodes round_episodes", "model_size wm_steps wm_batch wm_lr"
+    if args.eval_only and not args.checkpoint:
+        raise SystemExit("--eval-only needs --checkpoint runs/<name>/checkpoint.pt")
     if args.eval_only:
-        if not args.checkpoint:
-            raise SystemExit("--eval-only needs --checkpoint runs/<name>/checkpoint.pt")
-        training = f"{own} {model} policy_steps policy_batch critic_passes eval_every data_dir"
+        training = f"{OWN} {MODEL} policy_steps policy_batch critic_passes eval_every data_dir"
         data.refuse(args, training, "--eval-only does not train")
     if args.checkpoint:
-        data.refuse(args, model, "with --checkpoint the world model is given and says its sizes")
+        data.refuse(args, MODEL, "with --checkpoint the world model is given and says its sizes")
     if args.data_dir:
-        data.refuse(args, own, "with --data-dir no data is made")
+        data.refuse(args, OWN, "with --data-dir no data is made")
 
 
 def fill(args, device, tasks):
     """Args with the defaults of this device for the flags that were left out."""
-    ends = args.ends if args.ends is not None else len(tasks) == 1 and task_facts(tasks[0]).ends
-    if ends and len(tasks) > 1:
+    single = len(tasks) == 1
+    ends = single and task_facts(tasks[0]).ends if args.ends is None else args.ends
+    if ends and not single:
         raise SystemExit("--ends is for one task: name one, or type --no-ends")
-    kind = "ends" if ends else "many" if len(tasks) > 1 else "one"
-    budget = DEFAULTS | BUDGETS[device.type, kind] | (FAST if args.fast else {}) | dict(ends=ends)
-    if args.checkpoint:
-        budget |= dict(model_size=None, wm_steps=0)
-    if args.data_dir:
-        budget |= dict(rounds=1)
+    kind = "ends" if ends else "one" if single else "many"
+    budget = DEFAULTS | BUDGETS[device.type, kind] | (FAST if args.fast else {}) | {"ends": ends}
+    budget |= dict(model_size=None, wm_steps=0) if args.checkpoint else {}
+    budget |= dict(rounds=1) if args.data_dir else {}
     args = replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
     return args if args.critic_lr is not None else replace(args, critic_lr=args.policy_lr)
 
 
 def open_data(run, args, tasks):
-    """Episodes: published chunks (converted once), a folder of episodes, or our own to be filled."""
-    folder, chunks = Path(args.data_dir or run.dir / "episodes"), []
-    if args.data_dir is None:
-        facts = {t: task_facts(t) for t in tasks}
-        most = PIECE if args.ends else 10**9
-        sizes = {t: (f.obs_dim, f.act_dim, min(f.episode_length, most)) for t, f in facts.items()}
-        if run.rank == 0:
-            Episodes.create(folder, sizes)
-    elif chunks := list(folder.glob("chunk_*.pt")):
+    """Episodes: published chunks (converted once), a folder of episodes, or our own."""
+    folder, suite = Path(args.data_dir or run.dir / "episodes"), tasks
+    chunks = list(folder.glob("chunk_*.pt")) if args.data_dir else []
+    if chunks:
         suite = MT80 if any(t.startswith("mw-") for t in tasks) or len(chunks) > 4 else MT30
-        if run.rank == 0:
-            facts = [task_facts(t) for t in suite]
-            sizes = {t: (f.obs_dim, f.act_dim) for t, f in zip(suite, facts)}
-            data.convert_tdmpc2(folder, folder / "episodes", suite, sizes)
-        folder = folder / "episodes"
+    if run.rank == 0 and (chunks or not args.data_dir):
+        sizes = {t: task_facts(t)[:3] for t in suite}  # (O, A, steps)
+        if chunks:
+            dims = {t: s[:2] for t, s in sizes.items()}
+            data.convert_tdmpc2(folder, folder / "episodes", suite, dims)
+        else:
+            most = PIECE if args.ends else math.inf
+            Episodes.create(folder, {t: (o, a, min(n, most)) for t, (o, a, n) in sizes.items()})
     wait_for_all(run)
-    return Episodes.open(folder, tasks)
+    return Episodes.open(folder / "episodes" if chunks else folder, tasks)
 
 
-def announce(run, args, agent, hardware):
+def announce(run, a, agent, hardware):
     """Print what was chosen and why."""
     n, size = len(agent.tasks), sum(p.numel() for p in agent.wm.parameters())
-    print(f"PWM on {n} task{'s' * (n > 1)} ({args.task}), seed {args.seed}, {hardware}, "
-          f"{'bfloat16 products' if args.bf16 else 'float32'}, "
-          f"{'compiled' if args.compile else 'eager'}, {args.workers} roll-out workers")
-    source = f"from {args.checkpoint}" if args.checkpoint else f"--model-size {args.model_size}"
-    origin = f"data from {args.data_dir}" if args.data_dir else "own data"
-    ends = f"; scalar rewards, {'seen' if agent.beside else 'learnt'} ends" if args.ends else ""
-    print(f"world model of {size:,} parameters, {source}, {origin}{ends}")
-    if not args.eval_only:
-        print(f"budget: {args.rounds} rounds, {args.wm_steps} model updates ({args.wm_batch} x "
-              f"{args.wm_horizon} steps), {args.policy_steps} policy updates ({n} x "
-              f"{args.policy_batch} x {args.horizon} imagined steps, {args.critic_passes} x "
-              f"{CRITIC_BATCHES} critic steps)")
+    ends = f"; scalar rewards, {'seen' if agent.beside else 'learnt'} ends" if a.ends else ""
+    print(f"PWM on {n} task{'s' * (n > 1)} ({a.task}), seed {a.seed}, {hardware}, "
+          f"{'bfloat16 products' if a.bf16 else 'float32'}, "
+          f"{'compiled' if a.compile else 'eager'}, {a.workers} roll-out workers\n"
+          f"world model of {size:,} parameters, "
+          + (f"from {a.checkpoint}" if a.checkpoint else f"--model-size {a.model_size}")
+          + (f", data from {a.data_dir}" if a.data_dir else ", own data") + ends)
+    if not a.eval_only:
+        print(f"budget: {a.rounds} rounds, {a.wm_steps} model updates ({a.wm_batch} x "
+              f"{a.wm_horizon} steps), {a.policy_steps} policy updates ({n} x {a.policy_batch} x "
+              f"{a.horizon} imagined steps, {a.critic_passes} x {CRITIC_BATCHES} critic steps)")
     print(f"run folder {run.dir}", flush=True)
 
 
 # ------------------------------------------------------------------------------------- evaluation
-PUBLISHED = {  # final returns on MT30 of PWM and of TD-MPC2 with planning, both 48M (released files)
-    "walker-stand": (995.4, 989.2), "walker-walk": (985.8, 979.0), "walker-run": (857.8, 617.6),
-    "cheetah-run": (414.5, 148.1), "reacher-easy": (991.7, 981.4), "reacher-hard": (988.3, 974.5),
-    "acrobot-swingup": (116.4, 9.7), "pendulum-swingup": (869.1, 814.8),
-    "cartpole-balance": (999.7, 990.5), "cartpole-balance-sparse": (1000.0, 1000.0),
-    "cartpole-swingup": (896.6, 0.5), "cartpole-swingup-sparse": (953.4, 0.0),
-    "cup-catch": (471.6, 964.3), "finger-spin": (977.6, 928.2), "finger-turn-easy": (879.7, 983.4),
-    "finger-turn-hard": (871.2, 981.1), "fish-swim": (844.4, 487.6), "hopper-stand": (394.7, 493.1),
-    "hopper-hop": (162.4, 69.6), "walker-walk-backwards": (977.8, 959.9),
-    "walker-run-backwards": (791.6, 186.7), "cheetah-run-backwards": (601.0, 324.6),
-    "cheetah-run-front": (549.4, 122.8), "cheetah-run-back": (825.9, 156.8),
-    "cheetah-jump": (793.8, 301.8), "hopper-hop-backwards": (165.1, 273.0),
-    "reacher-three-easy": (989.1, 979.1), "reacher-three-hard": (974.9, 580.8),
-    "cup-spin": (839.6, 828.8), "pendulum-spin": (866.9, 820.5)}
+PUBLISHED = {"PWM paper": dict(zip(MT30, (  # final returns, both models 48M (released files)
+    995.4, 985.8, 857.8, 414.5, 991.7, 988.3, 116.4, 869.1, 999.7, 1000.0, 896.6, 953.4, 471.6,
+    977.6, 879.7, 871.2, 844.4, 394.7, 162.4, 977.8, 791.6, 601.0, 549.4, 825.9, 793.8, 165.1,
+    989.1, 974.9, 839.6, 866.9))), "TD-MPC2 paper": dict(zip(MT30, (  # with planning
+        989.2, 979.0, 617.6, 148.1, 981.4, 974.5, 9.7, 814.8, 990.5, 1000.0, 0.5, 0.0, 964.3, 928.2,
+        983.4, 981.1, 487.6, 493.1, 69.6, 959.9, 186.7, 324.6, 122.8, 156.8, 301.8, 273.0, 979.1,
+        580.8, 828.8, 820.5)))}
 
 
 @torch.no_grad()
@@ -1249,17 +1185,14 @@ def open_loop_error(wm, batch, horizons=(1, 4, 16)):
     an episode do not count; a horizon that no episode reaches is left out."""
     obs, acts, rew, _, live, task = batch
     z, true = wm.encode(obs[0], task), wm.encode(obs, task)
-    within = F.one_hot(task).float()  # (B, N): variance is counted within a task
+    within, out = F.one_hot(task).float(), {}  # (B, N): variance is counted within a task
 
     def centred(x, keep):  # (B, D) minus the mean of its task
         w = within[keep]
         return x - w @ ((w.T @ x) / w.sum(0).clamp(min=1)[:, None])
-
-    out = {}
     for h, a in enumerate(acts, 1):
         r = wm.reward_value(wm.reward(z, a, task)) * (wm.rew_std if wm.ends else 1.0)
-        z = wm.next(z, a, task)
-        keep = live[h - 1] > 0
+        z, keep = wm.next(z, a, task), live[h - 1] > 0
         if h in horizons and keep.any():
             goal, real = true[h][keep], rew[h - 1][keep]
             spread = centred(real[:, None], keep).square().sum()
@@ -1287,123 +1220,69 @@ def play(workers, tasks, n, seed, policy, note=None):
     """n episodes per task -> {task: results of its episodes on the table's scale: return, or 1000 x
     success for Meta-World}; policy(obs, task index, job, t) -> actions."""
     jobs = [(t, small_seed(10**9 + 10**4 * seed + i)) for t in tasks for i in range(n)]
-    played = workers.rollout(jobs, lambda obs, job, t: policy(obs, job // n, job, t), note)
     out = {t: [] for t in tasks}
-    for e in played:
+    for e in workers.rollout(jobs, lambda obs, job, t: policy(obs, job // n, job, t), note):
         scale = 1.0 if task_facts(e["task"]).scale is None else 1000.0
         out[e["task"]].append(scale * score(e["task"], float(e["ret"]), float(e["success"])))
     return out
 
 
-def evaluate_now(run, args, agent, workers, updates):
+def evaluate_now(run, agent, workers, updates):
     """Deterministic episodes of all policies as they are, into the history."""
-    ours, n = agent.contestants()["ours"]
-    played = play(workers, agent.tasks, n, args.seed, ours)
+    policy, n = agent.contestants()["ours"]
+    played = play(workers, agent.tasks, n, agent.args.seed, policy)
     returns = {t: float(np.mean(x)) for t, x in played.items()}
-    entry = {"policy_updates": updates, "seconds": run.seconds, "evaluation": returns}
-    run.history.append(entry)
+    run.history.append(dict(policy_updates=updates, seconds=run.seconds, evaluation=returns))
     run.log({f"eval/{t}/return": v for t, v in returns.items()})
     mean = np.mean(list(returns.values()))
     run.say(f"after {updates} policy updates: mean return {mean:.1f}")
 
 
-def milliseconds(fn, device, n=50):
-    """Median wall-clock of fn() in ms."""
-    times = []
-    for _ in range(n + 2):
-        start = time.perf_counter()
-        with torch.no_grad():
-            fn()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times[2:])[n // 2]
-
-
-def evaluate(run, args, agent, workers):
-    """{column: {task: results}} of all contestants."""
+def evaluate(run, agent, workers):
+    """{column of the table: {task: results}} of all contestants."""
     def note(done, total):
         run.say(f"evaluating: {done:,}/{total:,} agent steps", force=False)
-    return {name: play(workers, agent.tasks, n, args.seed, policy, note)
+    return {name: play(workers, agent.tasks, n, agent.args.seed, policy, note)
             for name, (policy, n) in agent.contestants().items()}
 
 
-def report(run, agent, columns, latency):
-    """Print the final table beside the paper's, write results.csv and results.png; returns what
-    results.json holds."""
-    tasks, rows = agent.tasks, []
+def report(run, tasks, columns):
+    """Print the final table beside the paper's, write results.csv; what results.json holds."""
+    rows, summary = [], {}
     for t in tasks:
-        paper = dict(zip(("PWM paper", "TD-MPC2 paper"), PUBLISHED.get(t, (None, None))))
-        rows.append({"task": t, **{c: float(np.mean(x[t])) for c, x in columns.items()}, **paper})
-    summary = {}
-    for c in list(rows[0])[1:]:
-        values = [r[c] for r in rows if r[c] is not None]
-        if values:
+        ours = {c: float(np.mean(x[t])) for c, x in columns.items()}
+        rows.append({"task": t, **ours, **{c: x.get(t) for c, x in PUBLISHED.items()}})
+    for c in (*columns, *PUBLISHED):
+        if values := [r[c] for r in rows if r[c] is not None]:
             summary[c] = dict(mean=float(np.mean(values)), iqm=iqm(values))
         if c in columns:  # 95 % interval over evaluation episodes of this one training seed
             results = np.array([columns[c][t] for t in tasks]).T
             summary[c]["mean_ci95"] = list(bootstrap_ci(results, np.mean))
-    width, shown = max(len(t) for t in tasks) + 2, list(rows)
-    if len(rows) > 1:
-        shown += [{"task": s, **{c: x[s] for c, x in summary.items()}} for s in ("mean", "iqm")]
+    means = [{"task": s, **{c: x[s] for c, x in summary.items()}} for s in ("mean", "iqm")]
+    width = max(len(t) for t in tasks) + 2
     print(f"\n{'task':<{width}}" + "".join(f"{c:>15}" for c in summary))
-    for r in shown:
+    for r in rows + means * (len(rows) > 1):
         cells = ["-" if r[c] is None else f"{r[c]:.1f}" for c in summary]
         print(f"{r['task']:<{width}}" + "".join(f"{x:>15}" for x in cells))
-    for c, ms in latency.items():
-        print(f"{c}: {ms:.2f} ms per action")
     data.write_csv(run.dir / "results.csv", [{k: r[k] for k in ("task", *summary)} for r in rows])
-    draw(run.dir / "results.png", rows, run.history)
-    return dict(summary=summary, table=rows, episodes=columns, ms_per_action=latency,
-                history=run.history)
+    return dict(summary=summary, table=rows, episodes=columns, history=run.history)
 
 
-def draw(path, rows, history):
-    """One panel per task: returns of roll-outs and of evaluations on the way against minutes, and
-    lines for the final ones, a random policy's and the paper's."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    wide = min(6, len(rows))
-    high = -(-len(rows) // wide)
-    fig, axes = plt.subplots(high, wide, figsize=(max(2.6 * wide, 5), max(2 * high, 3.5)),
-                             sharex=True, squeeze=False, layout="constrained")
-    styles = {"random": ("gray", ":"), "ours": ("tab:blue", "-"), "PWM paper": ("tab:red", "--")}
-    for ax, row in zip(axes.flat, rows):
-        t = row["task"]
-        for key, marker in (("return", "."), ("evaluation", "*")):
-            points = [(h["seconds"] / 60, h[key][t]) for h in history if key in h]
-            if points and task_facts(t).scale != 0.0:  # Meta-World's table has another scale
-                ax.plot(*zip(*points), color="tab:blue", marker=marker, lw=1, alpha=0.6)
-        for name, (color, style) in styles.items():
-            if row[name] is not None:
-                ax.axhline(row[name], color=color, ls=style, lw=1.2, label=name)
-        ax.set_title(t, fontsize=8)
-        ax.tick_params(labelsize=7)
-    for ax in axes.flat[len(rows):]:
-        ax.axis("off")
-    fig.supxlabel("minutes (points: roll-outs)", fontsize=8)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-
-
-def record(run, args, tasks, greedy):
+def record(run, agent, best):
     """One deterministic episode per task as video_<task>.mp4, at the task's own pace."""
     import imageio
-    for k, t in enumerate(tasks):
-        env = make_env(t, small_seed(args.seed))
-        obs, _ = env.reset(seed=small_seed(10**9 + 10**4 * args.seed))
+    for k, t in enumerate(agent.tasks):
+        env = make_env(t)
+        obs, _ = env.reset(seed=small_seed(10**9 + 10**4 * agent.args.seed))
         frames, done = [env.render()], False
         while not done:
-            action = greedy(obs[None], np.array([k]))[0, :env.action_space.shape[0]]
+            action = agent.policy(obs[None], np.array([k]), best=best)[0, :agent.facts[k].act_dim]
             obs, _, terminated, truncated, _ = env.step(action)
             frames.append(env.render())
             done = terminated or truncated
         path = run.dir / f"video_{t.replace('/', '_').replace(':', '_')}.mp4"
         imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 40), macro_block_size=1)
         env.close()
-        print(f"video: {path}")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1433,33 +1312,30 @@ def main(args: Args, root="runs", make_agent=Agent, inside=None):
     with Workers(args.workers) if rank == 0 else contextlib.nullcontext() as workers:
         if not args.eval_only:
             train(run, args, agent, episodes, workers)
-        if rank:
-            return run.finish({})
-        columns = evaluate(run, args, agent, workers)
-        latency = agent.latency()
-    result = report(run, agent, columns, latency)
-    run.log({f"eval/{t}/return": r for t, x in columns["ours"].items() for r in [float(np.mean(x))]})
+        columns = evaluate(run, agent, workers) if rank == 0 else None
+    if rank:
+        return run.finish({})
+    result = report(run, tasks, columns)
+    means = {c: x["mean"] for c, x in result["summary"].items()}
+    run.log({f"eval/{t}/return": float(np.mean(x)) for t, x in columns["ours"].items()})
     if args.capture_video:
-        mean = {c: x["mean"] for c, x in result["summary"].items()}
-        best = mean.get("best round", -math.inf) > mean["ours"]
-        record(run, args, tasks, functools.partial(agent.policy, best=best))
+        record(run, agent, means.get("best round", -math.inf) > means["ours"])
     return run.finish(result)
 
 
-STUDY = "python -m studies."
-MOVED = {  # what pwm.py used to have, and what to type now
-    "--episodic": "--ends", "--no-episodic": "--no-ends", "--task ball-wall": f"{STUDY}ball_wall",
-    "--task double-pendulum": f"{STUDY}double_pendulum", "--true-plant": f"{STUDY}shac",
-    "--ablation stiffness": f"{STUDY}stiffness", "--ablation latency": f"{STUDY}latency",
-    "--ablation all": f"{STUDY}ablations", "--ablation": f"{STUDY}ablations --only NAMES",
-    "--planner-episodes": f"{STUDY}tdmpc2", "--prior": f"{STUDY}tdmpc2",
-    "--activation": f"{STUDY}ablations --only activation",
-    "--shared-policy": f"{STUDY}ablations --only shared",
-    "--td-actor": f"{STUDY}ablations --only objective", "--seeds": "--seed, once for each"}
-CONSTANTS = {"rho": "RHO", "beta1": "BETAS", "critic-batches": "CRITIC_BATCHES", "held-out": "HELD_OUT",
-             "wm-final-lr": "FINAL_RATE", "first-model": "SHARES", "last-model": "SHARES",
-             "first-policy": "SHARES", "last-policy": "SHARES", "symexp": "imagine(.., pseudo=False)"}
-MOVED |= {f"--{k}": f"nothing, and change {v} in pwm.py" for k, v in CONSTANTS.items()}
+MOVED = {f"--ablation {name}": f"python -m studies.{name}" for name in ("stiffness", "latency")} | {
+    "--task ball-wall": "python -m studies.ball_wall", "--true-plant": "python -m studies.shac",
+    "--task double-pendulum": "python -m studies.double_pendulum", "--no-episodic": "--no-ends",
+    "--ablation all": "python -m studies.ablations", "--episodic": "--ends",
+    "--ablation": "python -m studies.ablations --only NAME,..", "--seeds": "--seed, once for each"}
+MOVED |= dict.fromkeys(("--planner-episodes", "--prior"), "python -m studies.tdmpc2")
+MOVED |= {f"--{old}": f"python -m studies.ablations --only {new}" for old, new in (
+    ("activation", "activation"), ("shared-policy", "shared"), ("td-actor", "objective"))}
+MOVED |= {f"--{old}": f"nothing, and change {new} in pwm.py" for old, new in (
+    ("rho", "RHO"), ("beta1", "BETAS"), ("critic-batches", "CRITIC_BATCHES"),
+    ("held-out", "HELD_OUT"), ("wm-final-lr", "FINAL_RATE"), ("symexp", "`pseudo` of imagine"),
+    ("first-model", "SHARES"), ("last-model", "SHARES"), ("first-policy", "SHARES"),
+    ("last-policy", "SHARES"))}
 
 if __name__ == "__main__":
     main(data.parse(Args, __doc__, MOVED))

@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parent.parent
 FILE = HERE / "results" / "golden.json"
 CASES = {  # name: (words of the command, seconds after which the second run is killed)
     "pwm_mt30": ("pwm.py --task mt30 --fast --workers 1 --save-every 1", 60),
-    "pwm_hopper": ("pwm.py --task hopper --rounds 2 --seed-episodes 2 --round-episodes 1 --wm-steps 60 --policy-steps "
-                   "20 --policy-batch 8 --wm-batch 16 --eval-episodes 2 --workers 1 --save-every 0", 12),
+    "pwm_hopper": ("pwm.py --task studies.bodies:hopper --rounds 2 --seed-episodes 2 --round-episodes 1 "
+                   "--wm-steps 60 --policy-steps 20 --policy-batch 8 --wm-batch 16 --eval-episodes 2 --workers 1 --save-every 0", 12),
     "pwm_gymnasium": ("pwm.py --task InvertedPendulum-v5 --rounds 2 --seed-episodes 2 --round-episodes 1 --wm-steps 60 "
                       "--policy-steps 20 --policy-batch 8 --wm-batch 16 --eval-episodes 2 --workers 1 --save-every 0",
                       10),

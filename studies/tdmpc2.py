@@ -1,8 +1,8 @@
 """TD-MPC2 as a baseline on PWM's own world model and data (Hansen et al., arXiv 2310.16828).
 
 Does planning on the same model beat the policies that PWM extracts from it? TD-MPC2's Q functions
-train with the model (their loss shapes its latents), its policy prior beside it; the prior alone and
-the MPPI planner are then evaluated beside PWM's policies in the same table.
+train with the model (their loss shapes its latents), its policy prior beside it; prior and MPPI
+planner are then evaluated beside PWM's policies, in the same table.
 
     python -m studies.tdmpc2 --task cup-catch            # a world model with Q, planner beside PWM
     python -m studies.tdmpc2 --task mt30 --checkpoint mt30-48M.pt --data-dir data/mt30
@@ -17,7 +17,6 @@ import functools
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -97,7 +96,7 @@ def init_normal(i, j):
 
 
 def value_loss(heads, z, next_z, act, rew, task, discount, rho, noise, pair):
-    """TD-MPC2's Q loss on the model's roll-out: cross-entropy to r + gamma min_2 Q_target(z', pi(z')).
+    """TD-MPC2's Q loss on the model's roll-out: cross-entropy to r + gamma min_2 Q_slow(z', pi(z')).
 
     z (H, B, L) with gradient, next_z (H, B, L) encoded, discount (B,), noise (H, B, A), pair (2,).
     """
@@ -322,19 +321,6 @@ class Agent(pwm.Agent):
             means[job] = F.pad(mean[:, 1:], (0, 0, 0, 1))
             return a[:, :A].cpu().numpy()
         return act
-
-    def latency(self):
-        out, wm, row = super().latency(), self.wm, self.rows[:1]
-        if self.planner_episodes:
-            mean = torch.zeros(1, 3, wm.act_mask.shape[1], device=self.device)
-            obs = torch.zeros(1, wm.obs_dim, device=self.device)
-            gen, heads = torch.Generator(self.device).manual_seed(0), self.heads.eval()
-
-            def once():
-                z = wm.encode(obs, row)
-                plan(wm, heads, z, row, mean, self.discount[row], gen, **self.search)
-            out["planner"] = pwm.milliseconds(once, self.device, 5)
-        return out
 
 
 class PlanningAgent(Agent):
