@@ -140,7 +140,7 @@ PRESETS = {
     "cpu": dict(steps=2500, random_steps=400, warmup=300, train_every=1, batch=4, length=16,
                 rollouts=32, context=4, horizon=8, lr=1e-3, agent_lr=3e-4, eval_episodes=4,
                 clusters=2, experts=3, topk=2)}
-FAST = dict(steps=90, random_steps=60, warmup=20, eval_episodes=1)
+FAST = dict(steps=90, random_steps=60, warmup=20, batch=2, rollouts=8, eval_episodes=1)
 SIZES = {  # stem: channels of the first convolution; they double three times. hidden: of all MLPs
     "paper": dict(stem=32, latents=32, classes=32, width=512, heads=8, expert_layers=2,
                   shared_layers=2, hidden=512, emb=64),
@@ -166,31 +166,36 @@ STORM_RETURN = {  # STORM's published mean return per game (5 seeds, one agent p
 
 
 # ------------------------------------------------------------------------------------------- maths
-BINS, BIN_LIMIT = 255, 20.0  # of rewards and values, uniform in [-20, 20] after symlog
+# of rewards and values, uniform after symlog; two_hot_inv averages before symexp, as STORM does: 100
+# with probability 0.1 is read as 0.6
+BINS, BIN_LIMIT = 255, 20.0
 
 
 def symlog(x):
-    """sign(x) ln(1 + |x|)"""
+    """sign(x) ln(1 + |x|), which keeps large numbers small."""
     return x.sign() * x.abs().log1p()
 
 
 def symexp(x):
-    """sign(x) (e^|x| - 1), the inverse of symlog"""
+    """sign(x) (e^|x| - 1), the inverse of symlog."""
     return x.sign() * x.abs().expm1()
 
 
-def two_hot_inv(logits):
-    """The number that logits (.., 255) stand for: (..)."""
-    return symexp(logits.float().softmax(-1) @ torch.linspace(-20, 20, BINS, device=logits.device))
-
-
 def two_hot_loss(logits, x):
-    """Cross-entropy of logits (.., 255) with symlog(x) (..) split between its two neighbouring bins: (..)."""
-    at = ((symlog(x) + 20) * ((BINS - 1) / 40)).clamp(0, BINS - 1)
-    low = at.floor().clamp(max=BINS - 2)
-    logp = logits.float().log_softmax(-1)
-    p_low, p_high = (logp.gather(-1, (low.long() + i)[..., None])[..., 0] for i in (0, 1))
-    return -(p_low + (at - low) * (p_high - p_low))
+    """Cross-entropy of logits (.., BINS) with symlog(x) (..), spread on two neighbouring bins."""
+    y = (symlog(x).clamp(-BIN_LIMIT, BIN_LIMIT) + BIN_LIMIT) * ((BINS - 1) / (2 * BIN_LIMIT))
+    k = y.floor()
+    frac, k = y - k, k.long()[..., None]
+    logp = logits.log_softmax(-1)
+    low, high = logp.gather(-1, k)[..., 0], logp.gather(-1, (k + 1) % BINS)[..., 0]
+    return -((1 - frac) * low + frac * high)
+
+
+def two_hot_inv(logits, pseudo=False):
+    """logits (.., BINS) -> scalar (..). `pseudo` leaves out the symexp: a value in log space."""
+    bins = torch.linspace(-BIN_LIMIT, BIN_LIMIT, BINS, device=logits.device)
+    y = (logits.softmax(-1) * bins).sum(-1)  # not a matmul: autocast would round the bins
+    return y if pseudo else symexp(y)
 
 
 def unimix(logits):
@@ -199,7 +204,7 @@ def unimix(logits):
 
 
 def kl(p, q):
-    """KL(p || q) in nats, summed over the groups: (.., groups, classes) log-probabilities -> (..)."""
+    """KL(p || q) in nats of log-probabilities, summed over groups: (.., groups, classes) -> (..)"""
     return (p.exp() * (p - q)).sum((-2, -1))
 
 
@@ -860,10 +865,14 @@ class Agent(nn.Module):
         losses = dict(zip(losses, self.average(torch.stack([*losses.values()]))))
         per_task = total_loss(losses, self.task_coef, self.scored)
         self.mean_loss[at] = mean = running(self.mean_loss[at], per_task.detach())
-        loss = (per_task / best_sigma(mean) if self.harmonise else per_task).sum()
+        loss = self.weigh(per_task, mean).sum()
         loss = loss + self.balance * balance_loss(more["scores"], self.args.topk)
         z = more.pop("z")
         return loss, z, {k: v.detach() for k, v in (losses | more).items()}
+
+    def weigh(self, losses, means):
+        """Every task's loss times its harmonious weight."""
+        return losses / best_sigma(means) if self.harmonise else losses
 
     def imagine(self, z, batch):
         """I roll-outs of H steps per task that start in windows of C steps of z (K, B, L, Z)."""
@@ -1279,11 +1288,12 @@ def settle(args, tasks, device):
     if args.storm:
         values |= dict(clusters=1, experts=1, topk=1, warmup=0)
         sizes = {**sizes, "emb": 0, "shared_layers": 0}
-    for name, known in (("sizes", sizes), ("atari", ATARI)):
+    atari = {**ATARI, "frame_cap": 1200} if args.fast else ATARI
+    for name, known in (("sizes", sizes), ("atari", atari)):
         if strange := sorted(set(getattr(args, name)) - set(known)):
             raise SystemExit(f"--{name} {strange[0]}: expected some of {', '.join(known)}, each with "
                              "its number behind")
-    return replace(args, preset=preset, sizes={**sizes, **args.sizes}, atari={**ATARI, **args.atari},
+    return replace(args, preset=preset, sizes={**sizes, **args.sizes}, atari={**atari, **args.atari},
                    **{k: v for k, v in values.items() if getattr(args, k) is None})
 
 
