@@ -3,8 +3,8 @@
 The idea (Kipf et al., "Conditional Object-Centric Learning from Video", ICLR 2022): K vectors,
 slots, compete for the pixels of each frame; a predictor carries them to the next one, and each is
 decoded to a picture and a mask of its own.  With reconstruction (or optical flow) as the only
-goal, slots settle on objects.  Video is made on the spot, and every score is printed beside rules
-that learn nothing: where things have colours or stand in the middle, those already look good.
+goal, slots settle on objects.  Video is made on the spot; every score stands beside rules that
+learn nothing.
 
     python savi.py          # 500 clips of moving objects, 6 slots, under 10 minutes: FG-ARI 0.60
     python savi.py --fast   # the whole pipeline in a minute
@@ -18,8 +18,7 @@ Deviations from the paper:
  1. Data: scenes of MuJoCo instead of MOVi, which is a download.
  2. The loss is a mean over pixels, SAVi's a sum; the gradient clip of 0.05 then acts rarely.
  3. The predictor is a residual MLP per slot (the authors' choice for robots), not a transformer.
- 4. Two iterations of slot attention on the first frame, one on later ones, with the residual MLP
-    of the original module (Locatello et al. 2020, Algorithm 1).
+ 4. Two iterations of slot attention on the first frame, one on later ones, with a residual MLP.
  5. The preset cpu has 32 pixels, 64 numbers per slot, 8 frames and, for a decoder, an MLP per cell
     of 2x2 pixels with sines of the position.
  6. Frames are centred and scaled before the encoder.
@@ -44,7 +43,7 @@ from data import Run, check_ranges, choose_device, make_video, open_video, parse
 @dataclass
 class Args:
     task: str = "objects"
-    """objects, or module:Scene (studies.scenes:Humanoid), or a folder of data.make_video's"""
+    """objects, module:Scene (studies.scenes:Humanoid), or a folder of data.make_video"""
     seed: int = 1
     """of weights and batches; the video has its own, fixed seed"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -123,9 +122,8 @@ PRESETS = {
     "cpu": dict(size=32, dim=64, decoder="mlp", clips=500, clip_frames=12, updates=3000, frames=8,
                 batch=4, lr=2e-3),
     "gpu": dict(size=64, dim=128, decoder="conv", clips=1200, clip_frames=24, updates=30_000,
-                frames=6, batch=32, lr=2e-4),
-    "fast": dict(size=32, dim=16, decoder="mlp", clips=30, clip_frames=6, updates=60, frames=3,
-                 batch=4, lr=2e-3)}
+                frames=6, batch=32, lr=2e-4)}
+PRESETS["fast"] = PRESETS["cpu"] | dict(dim=16, clips=30, clip_frames=6, updates=60, frames=3)
 VIDEO = ("task", "color", "floor", "clips", "clip_frames", "size")
 TRAINING = ("updates", "frames", "batch", "lr", "clip", "pred_weight", "save_every", "track")
 NETWORK = ("slots", "dim", "init", "predictor", "decoder", "target", "iters", "noise")
@@ -173,11 +171,10 @@ def contingency(true, pred):
 
 def ari(true_masks, pred_masks):
     """Adjusted Rand index of two label maps: 1 the same up to names, 0 as by chance."""
-    n = contingency(true_masks, pred_masks)
-
     def pairs(x):
         return (x * (x - 1)).sum()
 
+    n = contingency(true_masks, pred_masks)
     both, a, b = pairs(n), pairs(n.sum(1)), pairs(n.sum(0))
     expected = a * b / max(pairs(n.sum()), 1.0)
     most = (a + b) / 2
@@ -431,8 +428,7 @@ class SAVi(nn.Module):
     def __init__(self, initial, encoder, attention, predictor, decoder, sampler=None, iters=(2, 1)):
         super().__init__()
         self.initial, self.encoder, self.attention = initial, encoder, attention
-        self.predictor, self.decoder, self.sampler = predictor, decoder, sampler
-        self.iters = tuple(iters)
+        self.predictor, self.decoder, self.sampler, self.iters = predictor, decoder, sampler, iters
         self.apply(flax_init)
 
     def forward(self, video, act, cue=None):
@@ -505,8 +501,8 @@ def load_video(args):
     arrays, meta = open_video(folder)
     frames, size = arrays["video"].shape[1:3]
     if size != args.size or frames < args.frames:
-        raise SystemExit(f"{folder} has {frames} frames of {size} pixels, not {args.frames} of "
-                         f"{args.size}: type --frames and --size to fit")
+        raise SystemExit(f"{folder} has {frames} frames of {size} pixels: expected at least "
+                         f"{args.frames} of --size {args.size}")
     return arrays, meta
 
 
@@ -545,9 +541,6 @@ class Clips:
             self.flow = torch.as_tensor(self.arrays["flow"]).to(device)
         if args.init == "com":
             self.cue = torch.as_tensor(centres(self.true, args.slots)).to(device)
-
-    def __len__(self):
-        return len(self.video)
 
     def window(self, clip, start, T):
         """clip, start (B,) -> video, target (T,B,C,H,W), act (T,B,m), cue (B,K,3) or None."""
@@ -622,8 +615,8 @@ def batches(n, size=12):
 
 def segment(model, clips):
     """Label maps (N,T,H,W): the slot with the largest alpha."""
-    alpha = [see(model, clips, b)["alpha"] for b in batches(len(clips), 24)]
-    return np.concatenate(alpha).argmax(2)
+    masks = [see(model, clips, b)["alpha"].argmax(2) for b in batches(len(clips.video), 24)]
+    return np.concatenate(masks)
 
 
 def scores(true, pred):
@@ -643,7 +636,7 @@ def mean_of(rows):
 def evaluate(model, clips):
     """Mean scores over `clips`: whole clips, every frame."""
     rows = []
-    for chosen in batches(len(clips)):
+    for chosen in batches(len(clips.video)):
         x = see(model, clips, chosen)
         for b, i in enumerate(chosen):
             hard, true = x["alpha"][b].argmax(1), clips.true[i]
@@ -731,30 +724,27 @@ def mosaic(rows, gap=2, zoom=3):
 
 def label_mosaic(picture, rows, path):
     """Save a picture of strips with the names of rows and columns around it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot: no screen, nothing to close
     h, w = picture.shape[0] / 100, picture.shape[1] / 100
     left, top = 0.25 + 0.075 * max(map(len, rows)), 0.35
-    fig = plt.figure(figsize=(w + left, h + top))
+    fig = Figure(figsize=(w + left, h + top))
     ax = fig.add_axes((left / (w + left), 0, w / (w + left), h / (h + top)))
     ax.imshow(picture, aspect="auto", interpolation="nearest", extent=(0, w, len(rows), 0))
     tile = picture.shape[0] / len(rows) / 100
-    K = round(w / tile) - 4
-    columns = ["input", "recon", "true", "masks", *(f"slot {j + 1}" for j in range(K))]
-    ax.set_xticks((np.arange(K + 4) + 0.5) * tile, columns, fontsize=8)
+    slots = [f"slot {j + 1}" for j in range(round(w / tile) - 4)]
+    columns = ["input", "recon", "true", "masks", *slots]
+    ax.set_xticks((np.arange(len(columns)) + 0.5) * tile, columns, fontsize=8)
     ax.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     fig.savefig(path, dpi=200)
-    plt.close(fig)
 
 
 def draw(model, clips, task_names, folder, movie=False):
     """slots.png (a row per clip, its middle frame), time.png (a row per frame of the first clip),
     with `movie` slots.gif and .mp4 of all."""
-    x = see(model, clips, np.arange(len(clips))) | dict(true=clips.true)
+    x = see(model, clips, np.arange(len(clips.true))) | dict(true=clips.true)
     names = [f"{task_names[t]} {i + 1}" for i, t in enumerate(clips.arrays["task"])]
     T, zoom = clips.video.shape[1], max(1, 128 // clips.video.shape[2])
     times = np.linspace(0, T - 1, min(8, T)).round().astype(int)
@@ -767,7 +757,7 @@ def draw(model, clips, task_names, folder, movie=False):
         frames = []
         for t in range(T):
             tiles = [strip(x, b, t) for b in range(len(names))]
-            frames.append(mosaic(tiles, zoom=zoom // 2 or 1))
+            frames.append(mosaic(tiles, zoom=max(1, zoom // 2)))
         imageio.mimwrite(folder / "slots.gif", frames, duration=125, loop=0)
         imageio.mimwrite(folder / "slots.mp4", frames * 3, fps=8, macro_block_size=1)
 
@@ -803,15 +793,16 @@ def filled(args, device):
         refuse(args, "color floor clips clip_frames", "--task is a folder of video that is there")
     if args.fast:
         refuse(args, "preset", "--fast has sizes of its own")
-    auto = "gpu" if device.type == "cuda" else "cpu"
-    preset = PRESETS["fast" if args.fast else auto if args.preset == "auto" else args.preset]
-    return replace(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
+    name = "fast" if args.fast else args.preset
+    if name == "auto":
+        name = "gpu" if device.type == "cuda" else "cpu"
+    return replace(args, **{k: v for k, v in PRESETS[name].items() if getattr(args, k) is None})
 
 
 def check_flags(args):
     """SystemExit: a flag out of range, or flags that do not fit together."""
-    one = "updates frames batch slots dim workers threads"
-    check_ranges(args, dict.fromkeys(one.split(), (1, None)) | dict(
+    ones = ("updates", "frames", "batch", "slots", "dim", "workers", "threads")
+    check_ranges(args, dict.fromkeys(ones, (1, None)) | dict(
         seed=(0, None), clips=(10, None), clip_frames=(2, None), lr=(1e-8, None), clip=(1e-6, None),
         noise=(0, None), pred_weight=(0, None), save_every=(0, None)))
     if min(args.iters) < 1:
@@ -840,9 +831,7 @@ def main(args: Args):
     arrays, meta = load_video(args)
     run = Run("savi", args, log_every=max(10, args.updates // 30))
     test = Clips(arrays, pick(arrays, 1, EVAL_CLIPS), args, device)
-    baselines = evaluate_baselines(test)
-
-    model = make_model(args).to(device)
+    baselines, model = evaluate_baselines(test), make_model(args).to(device)
     if args.checkpoint:
         model.load_state_dict(read_checkpoint(args.checkpoint)["model"])
     if not args.eval_only:
@@ -853,8 +842,8 @@ def main(args: Args):
     five = Clips(arrays, pick(arrays, 1, 5), args, device)
     draw(model, five, meta["task_names"], run.dir, args.capture_video)
     print_table(baselines | {f"SAVi, {args.slots} slots": ours}, ours)
-    return run.finish(dict(scores=ours, baselines=baselines, curve=run.history, clips=len(test),
-                           parameters=sum(p.numel() for p in model.parameters())))
+    count = sum(p.numel() for p in model.parameters())
+    return run.finish(dict(scores=ours, baselines=baselines, curve=run.history, parameters=count))
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def test_savi_smoke_loss_falls_and_files_are_written(cache, tmp_path, monkeypatc
     folder = next(p for p in cache.iterdir() if p.name.endswith("32px-30x12"))
     again = savi.main(savi.Args(task=str(folder), size=32, frames=2, dim=16, updates=2, workers=1))
     assert again["baselines"] == result["baselines"]
-    with says("12 frames of 32 pixels", "--size"):
+    with says("12 frames of 32 pixels", "--size 64"):
         savi.main(savi.Args(task=str(folder), size=64, updates=2, workers=1))
 
 

@@ -168,7 +168,7 @@ def counterfactual(model, clips, slot_of_part):
     branches."""
     if (clips.arrays["fork_group"] < 0).all():
         return {}
-    rows = [counterfactual_row(model, clips, i, slot_of_part) for i in range(len(clips))]
+    rows = [counterfactual_row(model, clips, i, slot_of_part) for i in range(len(clips.video))]
     rows = [r for r in rows if r]  # a command of inert actions changes nothing
     return savi.mean_of(rows) if rows else {}
 

@@ -71,7 +71,7 @@ def learn(args, folder, model=None):
     run = Run("savi", args, log_every=max(10, args.updates // 30), inside=folder)
     savi.train(model, train, val, run, args)
     run.close()
-    return model, test, dict(scores=savi.evaluate(model, test), curve=run.history, clips=len(test),
+    return model, test, dict(scores=savi.evaluate(model, test), curve=run.history,
                              parameters=sum(p.numel() for p in model.parameters()))
 
 
