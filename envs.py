@@ -79,11 +79,10 @@ ATARI_SCORES = {  # of a random policy and of a human tester (Mnih et al., 2015)
     "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2)}
 ATARI26 = tuple(ATARI_SCORES)  # the 26 games of the Atari-100k benchmark
 SUITES = {"mt30": MT30, "mt80": MT80}  # names of task sets
-MOVED_TASKS = {  # what used to be a task of this file
-    **{name: f"studies.bodies:{name}" for name in ("hopper", "ant", "anymal", "humanoid",
-                                                   "muscle-humanoid")},
-    **{name: f"studies.plants:{name}" for name in ("ball-wall", "double-pendulum", "planar-hopper",
-                                                   "stiff-hopper")}}
+MOVED_TASKS = {new.partition(":")[2]: new for new in """
+    studies.bodies:hopper studies.bodies:ant studies.bodies:anymal studies.bodies:humanoid
+    studies.bodies:muscle-humanoid studies.plants:ball-wall studies.plants:double-pendulum
+    studies.plants:planar-hopper studies.plants:stiff-hopper""".split()}
 
 
 def task_facts(task):
@@ -191,8 +190,7 @@ def make_env(task, seed=0, obs="state", size=64, **options):
     if task.startswith("mw-"):
         return _MetaWorld(task, seed, obs, size, **options)
     if options:
-        raise SystemExit(f"make_env got {', '.join(options)} for {task!r}; expected no options for "
-                         "this kind of task")
+        raise SystemExit(f"{task} takes no options; make_env got {', '.join(options)}")
     if family := _registered(task):
         return _Gymnasium(task, family.make(seed, obs), seed, obs, size, family.facts)
     if ":" in task or task in gymnasium.registry:
@@ -283,8 +281,8 @@ class _Suite(_Env):
         self._camera = 2 if task.startswith("quadruped") else 0  # its camera 0 stands 17 m away
         self._physics_error = importlib.import_module("dm_control.rl.control").PhysicsError
         spec = env.action_spec()
-        self._centre, self._half = _rescale(gymnasium.spaces.Box(spec.minimum, spec.maximum,
-                                                                 dtype=np.float64))
+        box = gymnasium.spaces.Box(spec.minimum, spec.maximum, dtype=np.float64)
+        self._centre, self._half = _rescale(box)
         with env.physics.reset_context():
             env.task.initialize_episode(env.physics)
         facts = Facts(len(self._flat()), *spec.shape, 500, 2, 1000.0, False)
@@ -389,15 +387,12 @@ class _Gymnasium(_Env):
 
     def __init__(self, task, env, seed, obs, size, facts=None):
         space, box = env.action_space, gymnasium.spaces.Box
-        if not isinstance(space, box):
-            raise SystemExit(f"{task} has the action space {space}; expected a continuous Box: "
-                             "choose another task, for example Pendulum-v1")
         flat = gymnasium.spaces.flatten_space(env.observation_space)
-        if not isinstance(flat, box):
-            raise SystemExit(f"{task} has observations {env.observation_space} that do not flatten "
-                             "to a vector; expected a Box or a Dict of Boxes")
-        self._env = env
-        self._centre, self._half = _rescale(space)
+        if not isinstance(space, box) or not isinstance(flat, box):
+            raise SystemExit(f"{task} has actions {space} and observations "
+                             f"{env.observation_space}; expected a continuous Box of actions and "
+                             "observations that flatten to a vector")
+        self._env, (self._centre, self._half) = env, _rescale(space)
         limit = getattr(env.spec, "max_episode_steps", None) or 1000
         found = Facts(flat.shape[0], math.prod(space.shape), limit, 1)
         if facts and facts[:2] != found[:2]:
@@ -426,8 +421,7 @@ class _Gymnasium(_Env):
             except gymnasium.error.DependencyNotInstalled as error:  # Pendulum-v1 needs pygame
                 raise SystemExit(f"{self.task} cannot be drawn: {error}") from None
         if frame is None:
-            raise SystemExit(f"{self.task} draws no frames; expected the render mode rgb_array: "
-                             "use obs='state'")
+            raise SystemExit(f"{self.task} draws no frames (rgb_array): use obs='state'")
         return frame
 
 
@@ -449,8 +443,7 @@ class _Atari(_Env):
     def __init__(self, task, seed, obs="pixels", size=64, sticky=0.25, life_loss=True, noop=0,
                  frame_cap=108_000):
         if obs != "pixels":
-            raise SystemExit(f"{task} has no state observations: type make_env({task!r}, "
-                             "obs='pixels')")
+            raise SystemExit(f"{task} has no state: type make_env({task!r}, obs='pixels')")
         self._env, self._rom = _emulator(task)
         self._env.setFloat("repeat_action_probability", sticky)
         self._life_loss, self._noop, self._mode = life_loss, noop, None
@@ -699,10 +692,11 @@ def beside(task, n, seed=0, workers=1):
 
 def check_actions(task, act, shape):
     """SystemExit unless actions of a policy have this shape (n, A) and are finite."""
-    if act.shape != shape or not np.isfinite(act).all():
+    finite = np.isfinite(act).all()
+    if act.shape != shape or not finite:
         raise SystemExit(f"{task}: the policy gave actions of shape {act.shape}, "
-                         f"{'' if np.isfinite(act).all() else 'not '}all finite; expected finite "
-                         f"{shape}, one row per observation")
+                         f"{'' if finite else 'not '}all finite; expected finite {shape}, one "
+                         "row per observation")
 
 
 class _Closing(contextlib.AbstractContextManager):
@@ -714,7 +708,7 @@ class Flock(_Closing):
     """n environments of any task in lock step; see beside.
 
     vector: a gymnasium.vector.VectorEnv with Boxes of observations (here flat) and actions (here in
-    [-1, 1]) and autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED: we restart its rows. None:
+    [-1, 1]) and gymnasium.vector.AutoresetMode.DISABLED, because we restart its rows; None:
     environments of make_env, one after the other in this process.
     A foreign environment does not show its state: state_dict holds every row's actions since its
     episode began, and load_state_dict does them again, exact where seed and actions fix an episode.
@@ -760,8 +754,7 @@ class Flock(_Closing):
 
     def _finite(self, what, x):
         if not np.isfinite(x).all():
-            raise SystemExit(f"{self.task}: the vector environment gave a non-finite {what}: "
-                             "check its dynamics and reward")
+            raise SystemExit(f"{self.task}: the vector environment gave a non-finite {what}")
         return x.astype(np.float32)
 
     def _begin(self, rows):

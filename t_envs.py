@@ -29,7 +29,6 @@ class Walk(gymnasium.Env):
         assert self.action_space.contains(action), action
         self.n += 1
         self.x = self.x + 0.1 * action + 0.1 * self.np_random.normal(size=2)
-        self.x = np.clip(self.x, -99, 99)
         if self.n == 3 and self.fault == "nan":
             self.x[0] = np.nan
         if self.n == 3 and self.fault == "raise":
@@ -48,21 +47,20 @@ class Dot(Walk):
     def render(self):
         return np.full((20, 20, 3), self.n, np.uint8)
 
-def rows(n, seed, workers, mode="DISABLED"):
+def rows(n, seed, workers, mode="DISABLED", make=Dot):
     return gymnasium.vector.SyncVectorEnv(
-        [Dot] * n, autoreset_mode=getattr(gymnasium.vector.AutoresetMode, mode))
+        [make] * n, autoreset_mode=getattr(gymnasium.vector.AutoresetMode, mode))
 
 for name, fault in (("Walk", ""), ("WalkNaN", "nan"), ("WalkRaise", "raise")):
     gymnasium.register(f"{name}-v0", entry_point=Walk, kwargs={"fault": fault})
 facts = envs.Facts(obs_dim=3, act_dim=1, episode_length=9, action_repeat=1, scale=4.0, ends=True)
-envs.register("own_tasks:dot", facts, lambda seed, obs: Dot())
-envs.register("own_tasks:dots", facts, lambda seed, obs: Dot(), batch=rows)
-envs.register("own_tasks:again", facts, lambda seed, obs: Dot(),
-              batch=lambda n, seed, workers: rows(n, seed, workers, "SAME_STEP"))
-envs.register("own_tasks:bad-dots", facts, lambda seed, obs: Dot(),
-              batch=lambda n, seed, workers: gymnasium.vector.SyncVectorEnv(
-                  [lambda: Dot("nan")] * n, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED))
-envs.register("own_tasks:wide", facts._replace(obs_dim=4), lambda seed, obs: Dot())
+make = lambda seed, obs: Dot()
+envs.register("own_tasks:dot", facts, make)
+envs.register("own_tasks:dots", facts, make, batch=rows)
+envs.register("own_tasks:again", facts, make, batch=lambda *a: rows(*a, "SAME_STEP"))
+envs.register("own_tasks:bad-dots", facts, make,
+              batch=lambda *a: rows(*a, make=lambda: Dot("nan")))
+envs.register("own_tasks:wide", facts._replace(obs_dim=4), make)
 '''
 OWN_FOLDER = tempfile.mkdtemp()  # a light module: worker processes import it too
 (Path(OWN_FOLDER) / "own_tasks.py").write_text(OWN_TASKS)
@@ -88,15 +86,14 @@ def plain_loop(jobs, act, width):
     out = []
     for j, (task, seed) in enumerate(jobs):
         env = envs.make_env(task)
-        o, _ = env.reset(seed=seed)
-        obs, acts, rew, term, done = [o], [], [], [], False
+        obs, acts, rew, term, done = [env.reset(seed=seed)[0]], [], [], [], False
         while not done:
             row = np.zeros((1, width), np.float32)
-            row[0, :len(o)] = o
-            a = act(row, np.array([j]), np.array([len(acts)]))[0][:env.facts.act_dim]
-            o, r, terminated, truncated, info = env.step(a)
+            row[0, :len(obs[-1])] = obs[-1]
+            acts.append(act(row, np.array([j]), np.array([len(acts)]))[0][:env.facts.act_dim])
+            o, r, terminated, truncated, info = env.step(acts[-1])
             done = terminated or truncated
-            for values, x in ((obs, o), (acts, a), (rew, r), (term, terminated)):
+            for values, x in ((obs, o), (rew, r), (term, terminated)):
                 values.append(x)
         out.append(dict(task=task, seed=seed, obs=np.stack(obs), act=np.stack(acts),
                         rew=np.array(rew, np.float32), term=np.array(term),
@@ -166,7 +163,7 @@ def test_mt30_dims_match_the_table(task):
     env, facts = envs.make_env(task), envs.task_facts(task)
     obs, info = env.reset(seed=0)
     assert facts == env.facts and facts[2:] == (500, 2, 1000.0, False)
-    assert obs.shape == (facts.obs_dim,) and info == {"success": 0.0}
+    assert env.metadata["render_fps"] in (10, 12, 20, 25, 50) and obs.shape == (facts.obs_dim,) and info == {"success": 0.0}
     obs, rew, *_ = env.step(np.zeros(facts.act_dim, np.float32))
     assert obs.dtype == np.float32 and 0 <= rew <= 2
 
@@ -225,7 +222,7 @@ def test_reset_seed_fixes_the_episode(task):
     np.testing.assert_array_equal(again, envs.make_env(task, seed=2).reset()[0])
 
 
-def test_metaworld_episode():
+def test_metaworld_episodes_and_pixels_from_the_moved_camera():
     env = envs.make_env("mw-reach")
     assert len({tuple(env.reset()[0][-3:]) for _ in range(3)}) == 3  # goals
     for t in range(100):
@@ -233,14 +230,11 @@ def test_metaworld_episode():
         assert not terminated and truncated == (t == 99) and 0 <= rew <= 20
         assert isinstance(info["success"], float)
     assert np.abs(obs[-3:]).sum() > 0  # the goal stays visible after steps
-
-
-def test_metaworld_pixels_from_the_moved_camera():
     options = dict(obs="pixels", camera="corner4", repeat=1, length=500)
     env, again = envs.make_env("mw-reach", **options), envs.make_env("mw-reach", **options)
     obs, _ = env.reset(seed=0)
-    assert obs.shape == (64, 64, 3) and env.facts[2:] == (500, 1, 0.0, False)
-    assert env.action_space.shape == (4,)
+    assert obs.shape == (64, 64, 3) and env.action_space.shape == (4,)
+    assert env.facts[2:] == (500, 1, 0.0, False) and env.metadata["render_fps"] == 80
     table = obs[40:].astype(float).mean((0, 1))
     assert table[0] > table[2] + 20  # the wooden table is at the bottom: not upside down
     assert np.array_equal(again.reset(seed=0)[0], obs)
@@ -252,9 +246,9 @@ def breakout(seed, n=40, **options):
     env = envs.make_env("Breakout", obs="pixels", **options)
     obs, infos = [env.reset(seed=seed)[0]], []
     for t in range(n):
-        o, r, term, trunc, info = env.step([1, 3, 4, 1][t % 4])
+        o, *rest, info = env.step([1, 3, 4, 1][t % 4])
         obs.append(o)
-        infos.append((r, term, trunc, info["life_lost"]))
+        infos.append((*rest, info["life_lost"]))
     return np.stack(obs), infos
 
 
@@ -365,12 +359,9 @@ def want():
 def test_rollout_equals_plain_loop(want, n, max_envs):
     calls, seen, act = [], [], wave(6)
 
-    def counted(obs, job, t):
-        calls.append(len(obs))
-        return act(obs, job, t)
-
     with envs.Workers(n, max_envs) as workers:
-        got = workers.rollout(JOBS, counted, lambda *x: seen.append(x))
+        got = workers.rollout(JOBS, lambda o, j, t: (calls.append(len(o)), act(o, j, t))[1],
+                              lambda *x: seen.append(x))
         same_episodes(got, want)
         if max_envs == 64:
             one = workers.rollout(JOBS[1:2] * 2, lambda o, j, t: act(o, j * 0 + 1, t)[:, :1])
@@ -390,13 +381,9 @@ def test_rollout_equals_plain_loop(want, n, max_envs):
 def test_same_policy_calls_for_any_number_of_workers():
     def trace(n):
         calls, act = [], wave(1)
-
-        def record(obs, job, t):
-            calls.append((obs.copy(), job.copy(), t.copy()))
-            return act(obs, job, t)
-
         with envs.Workers(n, 4) as workers:
-            workers.rollout([(WALK, s) for s in range(12)] + [("Pendulum-v1", 1)], record)
+            workers.rollout([(WALK, s) for s in range(12)] + [("Pendulum-v1", 1)],
+                            lambda *x: (calls.append([y.copy() for y in x]), act(*x))[1])
         return calls
 
     for one, three in zip(trace(1), trace(3), strict=True):
@@ -528,6 +515,8 @@ def played(*tasks, act=idle):
     (lambda: envs.make_env("CartPole-v1"), "CartPole-v1 | Discrete | continuous Box"),
     (lambda: envs.make_env("walker-walk", obs="rgb"), "obs='rgb' | 'state' or 'pixels'"),
     (lambda: envs.make_env("walker-walk", sticky=0.1), "sticky | no options"),
+    (lambda: envs.make_env("ant"), "ant has moved | type --task studies.bodies:ant"),
+    (lambda: envs.task_facts("ball-wall"), "type --task studies.plants:ball-wall"),
     (lambda: envs.make_env("Pong"), "Pong has no state | obs='pixels'"),
     (lambda: envs.make_env("Pong@m9d9", obs="pixels"), "Pong@m<mode>d<difficulty>"),
     (lambda: envs.make_env(WALK, obs="pixels").reset(), "draws no frames | obs='state'"),
