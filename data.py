@@ -80,8 +80,7 @@ def write_text(path, text):
 
 
 def write_json(path, x):
-    """Replace a file by x as JSON; nan, which JSON lacks, becomes null (the interval of one
-    seed)."""
+    """Replace a file by x as JSON; nan, which JSON lacks, becomes null."""
     def strict(x):
         if isinstance(x, dict):
             return {k: strict(v) for k, v in x.items()}
@@ -118,8 +117,7 @@ def _layout(facts):
 
 
 def _header(n, row, dtype):
-    """The .npy header of an (n, *row) array; numpy pads it, so that its size does not depend on
-    n."""
+    """The .npy header of an (n, *row) array; padded by numpy, so that any n has room."""
     f = io.BytesIO()
     about = {"descr": dtype.str, "fortran_order": False, "shape": (n, *row)}
     np.lib.format.write_array_header_1_0(f, about)
@@ -146,18 +144,16 @@ class Episodes:
 
     @classmethod
     def open(cls, path, tasks=None):
-        """Open what exists, in the order of `tasks` (default: order of creation); reads headers
-        only. SystemExit: nothing there, an unknown task, an unfinished conversion, damaged
-        files."""
+        """Open what exists, in the order of `tasks` (default: of creation).  SystemExit: nothing
+        there, an unknown task, an unfinished conversion, damaged files."""
         book = Path(path) / "convert.json"
         if book.exists() and not json.loads(book.read_text())["complete"]:
             raise SystemExit(f"{path} holds an unfinished conversion: run the same convert_tdmpc2 "
-                             "again to finish it")
+                             "again")
         known = cls._metas(path)
         if not known:
-            raise SystemExit(f"no episodes in {path}: expected folders with a meta.json; make them "
-                             "with data.convert_tdmpc2(src, dst) or data.Episodes.create(path, "
-                             "facts)")
+            raise SystemExit(f"no episodes in {path}: expected folders with a meta.json of "
+                             "data.convert_tdmpc2 or data.Episodes.create")
         missing = [t for t in tasks or () if t not in known]
         if missing:
             raise SystemExit(f"{path} has no task {missing[0]!r}; it has {', '.join(known)}")
@@ -167,8 +163,7 @@ class Episodes:
 
     @classmethod
     def create(cls, path, facts):
-        """Make folders for {task: (obs_dim, act_dim, T)}; where they exist and agree this is
-        `open`."""
+        """Make folders for {task: (obs_dim, act_dim, T)}; where there are such, open them."""
         known = cls._metas(path)
         for task, fact in facts.items():
             about = f"{task!r} with (obs_dim, act_dim, T) = {tuple(fact)}"
@@ -176,7 +171,7 @@ class Episodes:
                 raise SystemExit(f"cannot store task {about}: expected a name that does not start "
                                  "with a dot and three positive numbers")
             if known.get(task, tuple(fact)) != tuple(fact):
-                raise SystemExit(f"{path} holds {task!r} with {known[task]}, not {about}: choose "
+                raise SystemExit(f"{path} holds {task!r} with {known[task]}, not {about}: take "
                                  "another folder")
             if task not in known:
                 cls._make(Path(path) / quote(task, safe=""), task, fact, len(known))
@@ -202,12 +197,11 @@ class Episodes:
             try:
                 meta = json.loads(file.read_text())
             except ValueError as e:
-                raise SystemExit(f"{file} is damaged ({e}): restore it, or delete its folder and "
-                                 "make it again") from None
+                raise SystemExit(f"{file} is damaged ({e}): restore it, or delete its "
+                                 "folder") from None
             if meta.get("format") != FORMAT:
                 raise SystemExit(f"{file} has format {meta.get('format')}, this data.py reads "
-                                 f"format {FORMAT}: use the data.py that wrote it, or make it "
-                                 "again elsewhere")
+                                 f"format {FORMAT}: use the data.py that wrote it")
             metas.append(meta)
         metas.sort(key=lambda m: (m["order"], m["task"]))
         return {m["task"]: (m["obs_dim"], m["act_dim"], m["T"]) for m in metas}
@@ -218,24 +212,23 @@ class Episodes:
         return self.path / quote(task, safe="") / f"{name}.npy"
 
     def _maps(self, task):
-        """{name: memory map} of a task, checked; an append that was cut short leaves other
-        lengths."""
+        """{name: memory map} of a task, checked; of unequal lengths after an append was cut
+        short."""
         maps = {}
         for name, (row, dtype) in _layout(self.facts.get(task, (1, 1, 1))).items():
             file = self._file(task, name)
             try:
                 maps[name] = x = np.load(file, mmap_mode="r")
             except (OSError, ValueError) as e:
-                raise SystemExit(f"{file} cannot be read or is cut short ({e}): copy it again, or "
-                                 "delete its folder and make it again") from None
+                raise SystemExit(f"{file} cannot be read or is cut short ({e}): copy it "
+                                 "again") from None
             if x.shape[1:] != row or x.dtype != dtype:
-                raise SystemExit(f"{file} holds {x.dtype} {x.shape}, meta.json says {dtype} "
-                                 f"{('N', *row)}: restore it")
+                raise SystemExit(f"{file} holds {x.dtype} {x.shape}, meta.json says {dtype} (N, "
+                                 f"{row})")
         return maps
 
     def arrays(self, task):
-        """{"obs", "act", "rew", "term", "length"}: read-only memory maps of the episodes there
-        are."""
+        """{"obs", "act", "rew", "term", "length"}: read-only memory maps."""
         maps = self._maps(task)
         n = min(map(len, maps.values()))
         return {name: x[:n] for name, x in maps.items()}
@@ -263,8 +256,8 @@ class Episodes:
             t, shapes = len(values[2]), [x.shape for x in values]
             if not 1 <= t <= T or shapes != [(t + 1, O), (t, A), (t,), (t,)]:
                 raise SystemExit(f"append({task!r}): episode {i} has obs, act, rew, term of shapes "
-                                 f"{shapes}; expected (t+1,{O}) (t,{A}) (t,) (t,) with 1 <= t <= "
-                                 f"{T}: nothing was written")
+                                 f"{shapes}; expected (t+1,{O}) (t,{A}) (t,) (t,) t <= {T}: "
+                                 "nothing was written")
             for name, x in zip(block, values):
                 with np.errstate(over="ignore"):  # beyond float32 is inf, refused below
                     block[name][i, :len(x)] = x
@@ -315,19 +308,12 @@ class Episodes:
         for task, n in counts.items():
             if not 0 <= n <= have[task]:
                 raise SystemExit(f"cannot cut {task!r} in {self.path} to {n} episodes: it has "
-                                 f"{have[task]}; the data is older than the checkpoint, start "
-                                 "without --resume")
+                                 f"{have[task]}; the checkpoint is younger")
         for task, n in counts.items():
             with self._open_files(task) as fds:
                 self._set_count(task, fds, n)
 
-    def state_dict(self):
-        """What a checkpoint must remember: counts()."""
-        return self.counts()
-
-    def load_state_dict(self, counts):
-        """Go back to the episodes of a checkpoint: truncate(counts)."""
-        self.truncate(counts)
+    state_dict, load_state_dict = counts, truncate       # what a checkpoint must remember
 
     def sampler(self, tasks, horizon, device="cpu", obs_dim=None, act_dim=None, held_out=0.0,
                 resident=None, ends=False):
@@ -371,8 +357,7 @@ class Sampler:
                  held_out=0.0, resident=None, ends=False):
         if not 0 <= held_out <= 0.5 or horizon < 1 or not len(tasks):
             raise SystemExit(f"sampler: held_out={held_out}, horizon={horizon}, {len(tasks)} "
-                             "tasks; expected 0 <= held_out <= 0.5, horizon >= 1 and at least one "
-                             "task")
+                             "tasks; expected 0 <= held_out <= 0.5 and at least 1 of each")
         self.tasks, self.horizon, self.ends = tuple(tasks), int(horizon), ends
         self.device = torch.device(device)
         self._maps = [episodes.arrays(task) for task in self.tasks]
@@ -404,15 +389,14 @@ class Sampler:
             for pick, numbers in zip(picks, (train, held if len(held) else train)):
                 pick.append((numbers, length[numbers] - (0 if self.ends else self.horizon - 1)))
         if not any(len(numbers) for numbers, _ in picks[0]):
-            raise SystemExit(f"none of {', '.join(self.tasks)} has episodes yet: collect or "
-                             "convert some first")
+            raise SystemExit(f"none of {', '.join(self.tasks)} has episodes: collect or convert "
+                             "some")
         return [self._pool(pick) for pick in picks]
 
     @staticmethod
     def _pool(pick):
         """Of [(episodes, starts in each)] per task: ep, room (number of starts), until (their
-        running sum) of all episodes; and per task where its episodes and its starts begin, and
-        their number."""
+        running sum) of all episodes; where those of a task begin, and how many they are."""
         ep, room = (np.concatenate(x) for x in zip(*pick))
         count = np.array([len(numbers) for numbers, _ in pick], np.int64)
         first, until = np.cumsum(count) - count, np.cumsum(room)
@@ -430,8 +414,7 @@ class Sampler:
         self.resident = self.nbytes <= free if resident is None else resident
         if resident and self.nbytes > free:
             raise SystemExit(f"resident data needs {self.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} "
-                             f"GB may be used on {self.device}: use resident=False, fewer tasks, "
-                             "or another device")
+                             f"GB may be used on {self.device}: use resident=False or fewer tasks")
         # act, rew and term get one unused row per episode, so that one index serves all
         self._flat = {name: torch.zeros(int(rows.sum()), *width, dtype=dtype, device=self.device)
                       for name, (width, dtype) in self._columns.items() if self.resident}
@@ -445,8 +428,7 @@ class Sampler:
                     (to[:, :x.shape[1], :x.shape[2]] if x.ndim > 2 else to[:, :x.shape[1]]).copy_(x)
 
     def _draw(self, task, held_out, generator):
-        """Episode, start and length of the episode (B,) for task ids (B,), on the generator's
-        device."""
+        """Episode, start, length of the episode (B,) for task ids (B,), where the generator is."""
         pool = self._table(held_out, generator)
         # double precision: u < 1 gives floor(u * n) < n for every n, and no episode is favoured
         u = torch.rand(2, *task.shape, dtype=torch.float64, generator=generator,
@@ -472,8 +454,7 @@ class Sampler:
         return x.to(self.device, non_blocking=True)
 
     def _gather(self, task, ep, steps):
-        """steps {name: (n,B)}, task and ep (B,) -> [(n,B,width) or (n,B) f32], task on the
-        device."""
+        """steps {name: (n,B)}, task, ep (B,) -> [(n,B,width) or (n,B) f32], task, on the device."""
         if self.resident:
             task = self._send(task)
             first = self._row0[task] + self._send(ep) * self._rows[task]     # (B,)
@@ -509,8 +490,7 @@ class Sampler:
         SystemExit: a task without episodes."""
         if len(self._pools[0]["active"]) < len(self.tasks):
             empty = [t for t, n in zip(self.tasks, self._pools[0]["count"]) if n == 0]
-            raise SystemExit(f"task {empty[0]!r} has no episodes: collect or convert some, or "
-                             "leave it out")
+            raise SystemExit(f"task {empty[0]!r} has no episodes: collect some, or leave it out")
         tasks = torch.arange(len(self.tasks), device=generator.device)
         task = tasks.repeat_interleave(per_task)
         ep, start, _ = self._draw(task, False, generator)                    # (K * per_task,) each
@@ -596,17 +576,15 @@ def safe_load(path, mmap=True):
             stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if strange := [x for x in names if not _stand_in(x)]:
-            raise SystemExit(f"{path} asks for {strange[0]}, which is not on the list of harmless "
-                             "names: refused, nothing was executed; if you trust the file, re-save "
-                             "it as a dict of tensors")
+            raise SystemExit(f"{path} asks for {strange[0]}, which is not known to be harmless: "
+                             "refused, nothing was executed; re-save it as a dict of tensors")
         with torch.serialization.safe_globals(list(map(_stand_in, names))):
             mmap = mmap and stored
             return _plain(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as e:           # whatever a damaged pickle can cause; nothing has been changed
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         if "unable to mmap" in why:  # a file of more than all memory
-            raise SystemExit(f"{path} is larger than the memory of this machine ({why}): read it "
-                             "on a larger one") from e
+            raise SystemExit(f"{path} does not fit in memory ({why}): use a larger machine") from e
         raise SystemExit(f"{path} is damaged or no torch file ({why}): get it again") from e
 
 
@@ -674,8 +652,7 @@ class Frames:
         ends of episodes.  SystemExit: fewer rows than L."""
         if L > self.count - since:
             raise SystemExit(f"{self.path} has {self.count - since} steps per task, fewer than the "
-                             f"{L} of a window: collect more random steps first, or sample shorter "
-                             "sequences")
+                             f"{L} of a window: collect more random steps first")
         rows = np.arange(len(self.rew)) if tasks is None else np.asarray(tasks)
         start = rng.integers(since, self.count - L + 1, size=(len(rows), B, 1))
         at = rows[:, None, None], start + np.arange(L)
@@ -701,15 +678,14 @@ def _check_chunk(path, data):
 
 
 def _chunks(src):
-    """The chunk files in order, opened: [(path, {obs (N,R,O), action (N,R,A), reward, task
-    (N,R)})]."""
+    """The chunk files in order, opened: [(path, {name in CHUNK: array (N,R,..)})]."""
     found = {int(p.stem[6:]): p for p in Path(src).glob("chunk_*.pt") if p.stem[6:].isdigit()}
     if not found:
         raise SystemExit(f"no chunk_0.pt, chunk_1.pt, .. in {src}: download mt30 or mt80 of "
                          "huggingface.co/datasets/nicklashansen/tdmpc2 into it")
     if missing := sorted(set(range(max(found))) - set(found)):
         raise SystemExit(f"{src} has chunk_{max(found)}.pt but no chunk_{missing[0]}.pt: download "
-                         "the missing file")
+                         "it")
     chunks, widths = [], None
     for _, path in sorted(found.items()):
         data = safe_load(path)
@@ -752,7 +728,7 @@ def _name_tasks(src, chunks, tasks, dims):
     lacking = [task for task in tasks if dims and task not in dims]
     if lacking:
         raise SystemExit(f"dims has no (obs_dim, act_dim) for {lacking[0]!r}: give one for every "
-                         "task, or leave it out")
+                         "task, or none")
     if top > len(tasks) or min(int(i.min(initial=0)) for i in ids) < 0:
         raise SystemExit(f"{src} has task ids up to {top - 1} but {len(tasks)} names were given: "
                          "mt30 has 30, mt80 80")
@@ -765,7 +741,7 @@ def _open_journal(book, facts, sizes):
     SystemExit: of something else, or episodes of another origin."""
     if not book.exists():
         if Episodes._metas(book.parent):
-            raise SystemExit(f"{book.parent} already holds episodes of another origin: choose "
+            raise SystemExit(f"{book.parent} already holds episodes of another origin: take "
                              "another folder")
         return {"at": [0, 0], "counts": {}, "complete": False}
     journal = json.loads(book.read_text())
@@ -777,8 +753,7 @@ def _open_journal(book, facts, sizes):
 
 
 def convert_tdmpc2(src, dst, tasks=None, dims=None, progress=True):
-    """Published chunk_*.pt in `src` -> Episodes in `dst`.  Killed at any moment, the same call goes
-    on.
+    """Published chunk_*.pt in `src` -> Episodes in `dst`.  Killed, the same call goes on.
 
     tasks: names in the order of the ids in the files (default: task-0, task-1, ..; pwm.py passes
     MT30 or MT80).  dims: {task: (obs_dim, act_dim)} drops the padding columns after checking that
@@ -868,8 +843,7 @@ class Scene:
         return {}
 
     def open(self, size):
-        """Prepare for pictures of size x size.  What is switched off cost 98 % of a frame's
-        time."""
+        """Prepare for pictures of size x size.  What is switched off took 98 % of the time."""
         quality = self.model.vis.quality
         quality.offsamples = 0                       # rendered at 2x and averaged instead
         quality.numslices, quality.numstacks = 8, 6
@@ -902,8 +876,7 @@ class Scene:
         return (x.astype(np.uint16).sum((1, 3)) // 4).astype(np.uint8)
 
     def shoot(self, before):
-        """{video, seg (and inst), flow, state} of a frame; before = geom (xpos, xmat) at the
-        last."""
+        """{video, seg (and inst), flow, state} now; before = geom (xpos, xmat) a frame ago."""
         picture, renderer = self.rgb(), self.renderer
         renderer.enable_segmentation_rendering()
         x = renderer.render()[1::2, 1::2]
@@ -1005,8 +978,7 @@ class Objects(Scene):
 
 
 def scene_class(kind):
-    """"objects" or module:Class -> a subclass of Scene.  SystemExit: there is none, or it has
-    moved."""
+    """"objects" or module:Class -> a subclass of Scene.  SystemExit: there is none."""
     if kind in MOVED_SCENES:
         raise SystemExit(f"the scene {kind} has moved to studies: type {MOVED_SCENES[kind]}")
     module, _, name = kind.partition(":")
@@ -1041,8 +1013,8 @@ def _part_meta(path, recipe=None):
         with h5py.File(path, "r") as f:
             meta = json.loads(f.attrs["meta"])
     except (OSError, KeyError, ValueError) as e:
-        raise SystemExit(f"{path} is damaged or no part of a video cache ({e}): delete that file "
-                         "and type the same command again") from None
+        raise SystemExit(f"{path} is damaged or no part of a video cache ({e}): delete that "
+                         "file") from None
     if meta["version"] != VIDEO_VERSION:
         raise SystemExit(f"{path} was written by version {meta['version']} of the generator, this "
                          f"data.py has version {VIDEO_VERSION}: delete {Path(path).parent} to "
@@ -1149,16 +1121,14 @@ def _changed(args):
 
 
 def refuse(args, names, because):
-    """SystemExit: one of the flags `names` (with blanks between) was changed, which nobody
-    reads."""
+    """SystemExit: one of the flags `names` (with blanks between) is not at its default."""
     for name, x in _changed(args).items():
         if name in names.split():
             raise SystemExit(f"{flag(name)} {x}: {because}; leave it out")
 
 
 def check_ranges(args, ranges):
-    """SystemExit: a flag is outside of ranges {name: (lowest, highest)}, where None is no limit.
-    Flags that are None are skipped."""
+    """SystemExit: a flag, if not None, is outside of {name: (lowest or None, highest or None)}."""
     for name, (low, high) in ranges.items():
         x = getattr(args, name)
         fits = (low is None or x is None or x >= low) and (high is None or x is None or x <= high)
@@ -1171,19 +1141,24 @@ def check_ranges(args, ranges):
 RESUME_MAY_CHANGE = ("resume", "workers", "save_every", "capture_video", "track", "device")
 
 
+def _began(folder):
+    """args.json of a run: {task, script, seed, args, command}.  SystemExit: there is none."""
+    try:
+        meta = json.loads((Path(folder) / "args.json").read_text())
+        meta["script"], meta["task"], meta["args"].items()
+        return meta
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise SystemExit(f"--resume {folder}: no readable args.json; expected runs/<name>, the "
+                         "folder of a run") from None
+
+
 def resumed(args):
     """args, or with --resume those of the run in that folder; RESUME_MAY_CHANGE typed beside it
-    count. SystemExit: no run there, one of another version, or another flag typed beside
-    --resume."""
+    count.  SystemExit: no run there, one of another version, or another flag typed beside it."""
     if not args.resume:
         return args
-    here = f"--resume {args.resume}"
-    try:
-        saved = json.loads((Path(args.resume) / "args.json").read_text())["args"]
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise SystemExit(f"{here}: no readable args.json there; expected the folder of a run, "
-                         "runs/<name>") from None
+    saved, here = _began(args.resume)["args"], f"--resume {args.resume}"
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     if strange := sorted(set(saved) - {f.name for f in fields(args)}):
         raise SystemExit(f"{here}: its flag {flag(strange[0])} is unknown here, so another version "
                          "of this script began it: go on with the copy of the code in its folder")
@@ -1195,10 +1170,9 @@ def resumed(args):
 
 
 def choose_device(name):
-    """"auto", "cpu" or "cuda" -> (torch.device, what it is).  SystemExit: no GPU though asked
-    for."""
+    """"auto", "cpu" or "cuda" -> (torch.device, what it is).  SystemExit: no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or type "
+        raise SystemExit("--device cuda, but PyTorch sees no GPU: install its CUDA build or "
                          "--device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu"), f"cpu: {torch.get_num_threads()} threads"
@@ -1226,8 +1200,7 @@ def hardware(device):
 
 
 def command_line(words=None):
-    """How this program was called, to be typed again: python pwm.py --seed 2, or with these
-    words."""
+    """How this program was called, to be typed again, or how it is with other words."""
     file = Path(sys.argv[0])
     name = f"-m studies.{file.stem}" if file.parent.name == "studies" else file.name
     words = sys.argv[1:] if words is None else words
@@ -1236,8 +1209,7 @@ def command_line(words=None):
 
 # --------------------------------------------------------------------------------- run folder
 def _check_plain(x, where="state"):
-    """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would, before
-    writing."""
+    """Bytes of the tensors in x; refuses what torch.load(weights_only=True) would."""
     if type(x) in (dict, OrderedDict):
         return sum(_check_plain(k, f"a key of {where}") + _check_plain(v, f"{where}[{k!r}]")
                    for k, v in x.items())
@@ -1264,19 +1236,6 @@ def _bring_back(part, state):
         part.set_state(state)
     else:
         part.load_state_dict(state)
-
-
-def _old_folder(script, args):
-    try:
-        meta = json.loads((Path(args.resume) / "args.json").read_text())
-        began = meta["script"], meta["task"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise SystemExit(f"{args.resume} has no readable args.json: expected --resume runs/<a "
-                         "folder in there>") from None
-    if began != (script, str(args.task)):
-        raise SystemExit(f"{args.resume} is a run of {began[0]} on {began[1]!r}, not of {script} "
-                         f"on {args.task!r}: resume it with the script and task that began it")
-    return args.resume
 
 
 def _new_folder(root, script, args):
@@ -1329,10 +1288,15 @@ class Run:
         self._round, self._stage, self._start = 0, -1, (0, 0, 0)  # round, stage, step to do next
         self._metrics, self._stop, self._printed = {}, False, time.time()
         self._writer, self._purge, self._lines = None, None, None
-        box = [None]
-        if self.rank == 0:
-            old = _old_folder(script, args) if args.resume and not inside else inside
-            box = [str(old or _new_folder(root, script, args))]
+        if args.resume and not inside:
+            meta = _began(args.resume)
+            if (meta["script"], meta["task"]) != (script, str(args.task)):
+                raise SystemExit(f"{args.resume} is a run of {meta['script']} on {meta['task']!r}, "
+                                 f"not of {script} on {args.task!r}: resume it with these")
+        folder = inside or args.resume
+        if self.rank == 0 and not folder:
+            folder = _new_folder(root, script, args)
+        box = [str(folder)]
         if self.world > 1:
             torch.distributed.broadcast_object_list(box)
         self.dir = Path(box[0])
@@ -1355,16 +1319,14 @@ class Run:
         self.parts, self.facts = {k: v for k, v in parts.items() if v is not None}, facts or {}
         if not self._resumes:
             return
-        state, old = self.load(), "go on with the copy of the code in the run's folder"
+        state = self.load()
         for name, part in self.parts.items():
-            if name not in state:
-                raise SystemExit(f"the checkpoint has no {name!r}, so an older version of this "
-                                 f"script wrote it: {old}")
             try:
                 _bring_back(part, state[name])
             except (RuntimeError, KeyError, ValueError, TypeError) as e:
-                raise SystemExit(f"{name!r} of the checkpoint does not fit "
-                                 f"({' '.join(str(e).split())[:200]}): {old}") from None
+                raise SystemExit(f"{name!r} of the checkpoint is missing or does not fit "
+                                 f"({' '.join(str(e).split())[:200]}): go on with the copy of the "
+                                 "code in its folder") from None
         where = state["_run"]
         self.step, self.seconds, self.done = where["step"], where["seconds"], where["done"]
         self.history, self._start, self._saved = where["history"], tuple(where["at"]), time.time()
@@ -1377,8 +1339,8 @@ class Run:
         """What save() wrote, on the CPU.  SystemExit: missing or damaged file."""
         path = self.dir / name
         if not path.exists():
-            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it "
-                             "again without --resume")
+            raise SystemExit(f"no {path}: it ended before its first checkpoint; start it again "
+                             "without --resume")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state["_run"]["bytes"]
@@ -1485,8 +1447,8 @@ class Run:
 
     # ---- numbers
     def note(self, metrics=None, **more):
-        """The metrics of this step: 0-d tensors, which stay where they are until they are read, or
-        numbers."""
+        """The metrics of this step: numbers or 0-d tensors, which stay where they are until
+        read."""
         self._metrics = {**(metrics or {}), **more}
 
     def _read(self, shared=False):
@@ -1502,8 +1464,7 @@ class Run:
         if not values.isfinite().all():
             raise SystemExit(f"step {self.step}, round {self._round}, is not finite: "
                              f"{dict(zip(self._metrics, values.tolist()))}; the last good "
-                             f"checkpoint is in {self.dir}: start again with a smaller learning "
-                             "rate")
+                             f"checkpoint is in {self.dir}: take a smaller learning rate")
         return dict(zip(self._metrics, values.tolist()))
 
     def _tell(self, kind, step, n, numbers):
@@ -1524,16 +1485,14 @@ class Run:
         return sum(n / self.rate(k) for k, n in todo.items()) if all(map(self.rate, todo)) else None
 
     def say(self, text, force=True, every=15.0):
-        """Print a line of progress with the time left; without `force` only if the last one is
-        `every` seconds old."""
+        """Print a line and the time left; without `force` if the last is `every` seconds old."""
         if self.rank == 0 and not self._inside and (force or time.time() - self._printed > every):
             self._printed, left = time.time(), self.time_left()
             left = f" | {timedelta(seconds=round(left))} left" if left else ""
             print(text + left, flush=True)
 
     def log(self, numbers, step=None):
-        """One line of metrics.jsonl and one TensorBoard point per number (float or 0-d tensor) of
-        {tag: number}."""
+        """{tag: float or 0-d tensor} as one line of metrics.jsonl and points of TensorBoard."""
         if self.rank:
             return
         if self._writer is None and not self._inside:  # late: slow, and keeps() may cut curves
@@ -1630,116 +1589,17 @@ def run_cells(work, cells, folder, workers=1, tell=None):
     return {name: json.loads(file.read_text()) for name, file in files.items()}
 
 
-class LegacyRun:  # temporary: until every script has moved to Run
-    """A folder runs/{task}__{script}__{seed}__{time}/ with args.json, metrics.jsonl, TensorBoard
-    events, checkpoints and a copy of the code.  resume: go on in this folder instead; call load()
-    before log(), which cuts metrics.jsonl back to the checkpoint.  Attributes: dir (Path), resumed
-    (bool), args (dict, those of the first start). SystemExit: a folder that is no run, or a run of
-    another task or script."""
-
-    def __init__(self, task, script, seed, args, resume=None, root="runs"):
-        names = task.split(",")
-        short = task if len(task) <= 60 else f"{names[0][:50]}+{len(names) - 1}"
-        self.resumed, self._writer, self._purge = resume is not None, None, None
-        if self.resumed:
-            self.dir = Path(resume)
-            try:
-                meta = json.loads((self.dir / "args.json").read_text())
-                same = (meta["task"], meta["script"]) == (task, script)
-            except (OSError, ValueError, KeyError, TypeError):
-                raise SystemExit(f"{resume} has no readable args.json: expected --resume runs/<a "
-                                 "folder in there>")
-            if not same:
-                raise SystemExit(f"{resume} is a run of {meta['script']} on {meta['task']!r}, not "
-                                 f"of {script} on {task!r}: resume it with the script and task "
-                                 "that began it")
-            self.args = meta["args"]
-        else:
-            stamp = int(time.time())
-            with _full_disk(root):
-                while True:
-                    self.dir = Path(root) / f"{quote(short, safe=', +')}__{script}__{seed}__{stamp}"
-                    try:
-                        self.dir.mkdir(parents=True)
-                        break
-                    except FileExistsError:        # two starts within one second
-                        stamp += 1
-                meta = {"task": task, "script": script, "seed": seed, "args": args, "command": sys.argv}
-                meta = json.dumps(meta, default=str)
-                _write_atomic(self.dir / "args.json", lambda f: f.write(meta.encode()))
-                self.args = json.loads(meta)["args"]
-                here = Path(__file__).parent
-                main = getattr(sys.modules["__main__"], "__file__", None)      # None in a notebook
-                for file in (main, here / "envs.py", here / "data.py"):
-                    if file and Path(file).is_file():
-                        shutil.copy(file, self.dir)
-        self._metrics = os.open(self.dir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-
-    def log(self, step, numbers=None, **more):
-        """One line of metrics.jsonl and one TensorBoard point per number (float or 0-d tensor);
-        tags with '/' go in the dict `numbers`.  Reading a GPU tensor waits for the GPU: call this
-        on log steps only."""
-        if self._writer is None:              # imported late: slow, and load() decides where its curves go on
-            from torch.utils.tensorboard import SummaryWriter
-            self._writer = SummaryWriter(self.dir, purge_step=self._purge)
-        numbers = {tag: float(x) for tag, x in {**(numbers or {}), **more}.items()}
-        line = json.dumps({"step": int(step), "time": time.time(), **numbers}) + "\n"
-        with _full_disk(self.dir):
-            os.write(self._metrics, line.encode())
-            for tag, x in numbers.items():
-                self._writer.add_scalar(tag, x, step)
-
-    def save(self, state, name="checkpoint.pt"):
-        """Write a dict of tensors and plain values; atomic: a crash or a full disk leaves the old
-        file as it was."""
-        _check_room(self.dir, _check_plain(state), f"the checkpoint {name}")
-        state = {**state, "_metrics_bytes": os.fstat(self._metrics).st_size}
-        try:
-            with _full_disk(self.dir / name):
-                _write_atomic(self.dir / name, lambda f: torch.save(state, f))
-        except RuntimeError as e:                  # how torch reports a failed write
-            raise SystemExit(f"cannot write {self.dir / name} ({e}); the older file, if any, is as "
-                             f"it was: free some space and type --resume {self.dir}") from e
-
-    def load(self, name="checkpoint.pt", device="cpu"):
-        """What save() was given.  In a resumed run, checkpoint.pt also cuts metrics.jsonl back to
-        when it was written. SystemExit: missing or damaged file."""
-        path = self.dir / name
-        if not path.exists():
-            raise SystemExit(f"no {path}: the run ended before its first checkpoint; start it "
-                             "again without --resume")
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-            size = state.pop("_metrics_bytes")
-        except Exception as e:                     # a damaged file can raise almost anything
-            raise SystemExit(f"{path} is damaged ({type(e).__name__}): restore it, or start "
-                             "without --resume") from e
-        if self.resumed and name == "checkpoint.pt" and self._writer is None:
-            os.ftruncate(self._metrics, min(size, os.fstat(self._metrics).st_size))
-            lines = (self.dir / "metrics.jsonl").read_bytes().splitlines()
-            self._purge = json.loads(lines[-1])["step"] + 1 if lines else 0  # hides what came later
-        return state
-
-    def close(self):
-        """Flush and close the logs."""
-        os.close(self._metrics)
-        if self._writer is not None:
-            self._writer.close()
-
-
 # ------------------------------------------------------------------------------------- statistics
 def _scores(x):
     x = np.asarray(x, float)
     if x.size == 0 or not np.isfinite(x).all():
         raise SystemExit(f"statistics of {x.shape} scores with {int((~np.isfinite(x)).sum())} NaN "
-                         "or inf: expected at least one finite number and no other; leave failed "
-                         "runs out explicitly")
+                         "or inf: expected finite numbers; leave failed runs out")
     return x
 
 
 def iqm(x):
-    """Interquartile mean of all entries, float: int(n/4) entries are dropped at either end, the
-    rest is averaged."""
+    """Interquartile mean of all entries, float: int(n/4) are dropped at either end."""
     x = np.sort(_scores(x), axis=None)
     cut = x.size // 4
     return float(x[cut:x.size - cut].mean())
@@ -1747,8 +1607,7 @@ def iqm(x):
 
 def bootstrap_ci(x, stat=iqm, reps=2000, level=0.95, seed=0):
     """(low, high) percentile interval of stat(x), x (runs, tasks): runs are redrawn within each
-    task on their own. With one run there is nothing to redraw: low == high == stat(x), which is no
-    interval; report "1 seed"."""
+    task. One run gives low == high == stat(x), which is no interval; report "1 seed"."""
     x = _scores(x)
     if x.ndim != 2:
         raise SystemExit(f"bootstrap_ci got scores of shape {x.shape}; expected (runs, tasks)")

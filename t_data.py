@@ -642,7 +642,8 @@ def test_files_that_are_none_end_in_one_sentence(tmp_path):
             b"ctorch\n_C._jit_init\n.", b"cos\nsystem\n(S'touch flag'\ntR.", b"ctorch\nload\n.",
             b"ctorch._utils\n_rebuild_qtensor\n.", b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",
             b"\x80\x02\x82\x01.", b"ctorch.hub\nload\n.", b"cnumpy\nloadtxt\n.",
-            b"ctensordict\nos\n.", b"ctorch\nos.system\n.", b"", b"garbage", b"(lp0\ng0\na.", b"\x80\x02]q\x00h\x00a."):
+            b"ctensordict\nos\n.", b"ctorch\nos.system\n.", b"", b"garbage", b"(lp0\ng0\na.",
+            b"\x80\x02]q\x00h\x00a."):
         with zipfile.ZipFile(file, "w") as z:
             z.writestr("a/data.pkl", body)
             z.writestr("a/version", "3\n")  # so that it comes to reading the pickle
@@ -903,9 +904,9 @@ def test_checkpoint_refuses_and_survives(tmp_path, monkeypatch):
             run.save()
     assert run.load()["held"] == {"x": 2} and not list(run.dir.glob(".*"))
     args.resume = str(run.dir)
-    with says("no 'other'", "copy of the code"):
+    with says("'other' of the checkpoint is missing", "copy of the code"):
         Run("toy", args).keeps(other={})
-    with says("'net' of the checkpoint does not fit", "copy of the code"):
+    with says("'net' of the checkpoint is missing or does not fit", "copy of the code"):
         Run("toy", args).keeps(net=nn.Linear(3, 2))
     raw = (run.dir / "checkpoint.pt").read_bytes()
     evil = io.BytesIO()
