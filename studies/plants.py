@@ -129,7 +129,7 @@ class PlanarHopper:
     """The hopper of studies.bodies with the contacts of PWM's simulator, differentiable.
 
     A chain of four links in the x-z plane with the masses and lengths of gymnasium's hopper.xml.
-    state (.., 12): x, z (m), pitch, thigh, leg, foot (rad), then their rates, as MuJoCo orders them.
+    state (.., 12): x, z (m), pitch, thigh, leg, foot (rad), then their rates, in MuJoCo's order.
     One step is 1/60 s in 8 substeps of semi-implicit Euler; as in the reference code the mass
     matrix is that of the step's beginning, every joint is damped, and the ends of the capsules are
     springs of ke N/m on the floor with damping and friction. `stiffness` multiplies ke and kd: 5 is
