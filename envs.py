@@ -152,7 +152,6 @@ def register(name, facts, make, batch=None):
 
 def _registered(task):
     """What `register` got for "module:rest", whose module is imported; None: no such name."""
-    task = MOVED_TASKS.get(task, task)  # for the time of the move
     if task not in _FAMILIES and ":" in task:
         try:
             importlib.import_module(task.partition(":")[0])
@@ -800,8 +799,6 @@ class Flock(_Closing):
         self.t = t
         return obs
 
-    state, load = state_dict, load_state_dict  # for the time of the move
-
 
 # --------------------------------------------------------------------------------------- processes
 def _spawn():
@@ -1125,17 +1122,6 @@ class Fleet(_Pool):
         """[(obs, rew, terminated, truncated, info)] of the step that was sent."""
         answers = self.collect().values()
         return [(step[0] if first is None else first, *step[1:]) for step, first in answers]
-
-
-def __getattr__(name):  # for the time of the move
-    if name in ("LOCOMOTION", "TOY"):
-        toys = ("ball-wall", "double-pendulum")
-        return toys if name == "TOY" else tuple(t for t in MOVED_TASKS if t not in toys)
-    if name == "Herd":
-        return lambda task, n, seed=0, threads=None: beside(task, n, seed, threads)
-    if name == "plant":
-        return importlib.import_module("studies.plants").plant
-    raise AttributeError(name)
 
 
 if __name__ == "__main__":

@@ -242,8 +242,6 @@ class Herd:
             np.asarray(state[k]).copy() for k in ("state", "last", "t", "episode"))
         return self._observe(np.arange(self.n))
 
-    state, load = state_dict, load_state_dict  # for the time of the move
-
     def _observe(self, rows):
         return self.body.observe(self._state[rows], self._last[rows]).astype(np.float32)
 
