@@ -242,7 +242,6 @@ class Episodes:
         lists of such arrays.  All or nothing, also when the process is killed or the disk is full.
         SystemExit: wrong shapes, NaN or inf."""
         self._file(task, "obs")
-        O, A, T = self.facts[task]
         many = [obs, act, rew, term]
         if len(rew) and np.ndim(rew[0]) == 0:
             many = [[x] for x in many]             # a single episode
@@ -252,21 +251,27 @@ class Episodes:
         n, layout = len(many[0]), _layout(self.facts[task])
         block = {name: np.zeros((n, *row), dtype) for name, (row, dtype) in layout.items()}
         for i, episode in enumerate(zip(*many)):
-            values = [np.asarray(x.detach().cpu() if torch.is_tensor(x) else x) for x in episode]
-            t, shapes = len(values[2]), [x.shape for x in values]
-            if not 1 <= t <= T or shapes != [(t + 1, O), (t, A), (t,), (t,)]:
-                raise SystemExit(f"append({task!r}): episode {i} has obs, act, rew, term of shapes "
-                                 f"{shapes}; expected (t+1,{O}) (t,{A}) (t,) (t,) t <= {T}: "
-                                 "nothing was written")
-            for name, x in zip(block, values):
-                with np.errstate(over="ignore"):  # beyond float32 is inf, refused below
-                    block[name][i, :len(x)] = x
-                if not np.isfinite(block[name][i]).all():
-                    raise SystemExit(f"append({task!r}): episode {i} has NaN or inf in {name}; "
-                                     "expected finite float32 numbers: nothing was written")
-            block["length"][i] = t
+            block["length"][i] = self._fill(task, block, i, episode)
+        for name, x in block.items() if n else ():
+            finite = np.isfinite(x).reshape(n, -1).all(1)
+            if not finite.all():
+                raise SystemExit(f"append({task!r}): episode {finite.argmin()} has NaN or inf in "
+                                 f"{name}; expected finite float32 numbers: nothing was written")
         if n:
             self._write(task, block)
+
+    def _fill(self, task, block, i, episode):
+        """Put an episode into row i of block; returns its length."""
+        episode = [np.asarray(x.detach().cpu() if torch.is_tensor(x) else x) for x in episode]
+        (O, A, T), t, shapes = self.facts[task], len(episode[2]), [x.shape for x in episode]
+        if not 1 <= t <= T or shapes != [(t + 1, O), (t, A), (t,), (t,)]:
+            raise SystemExit(f"append({task!r}): episode {i} has obs, act, rew, term of shapes "
+                             f"{shapes}; expected (t+1,{O}) (t,{A}) (t,) (t,) with t <= {T}: "
+                             "nothing was written")
+        with np.errstate(over="ignore"):           # beyond float32 is inf, refused by append
+            for name, x in zip(block, episode):
+                block[name][i, :len(x)] = x
+        return t
 
     @contextmanager
     def _open_files(self, task):
@@ -1231,7 +1236,8 @@ def _state_of(part):
 
 def _bring_back(part, state):
     if isinstance(part, dict):
-        part.update(state)
+        here = {k: x.device for k, x in part.items() if torch.is_tensor(x)}
+        part.update({k: x.to(here[k]) if k in here else x for k, x in state.items()})
     elif isinstance(part, torch.Generator):
         part.set_state(state)
     else:
@@ -1254,6 +1260,38 @@ def _new_folder(root, script, args):
         if file and Path(file).is_file():          # main is None in a notebook
             shutil.copy(file, folder)
     return folder
+
+
+def _origin(args):
+    """What a table of results says about where it comes from."""
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(git, capture_output=True, text=True)  # may be a copy outside of one
+    cpu = getattr(args, "device", "cpu") == "cpu" or not torch.cuda.is_available()
+    return dict(command=command_line(), commit=git.stdout.strip() or None, seed=args.seed,
+                hardware=hardware("cpu" if cpu else "cuda"), args=asdict(args))
+
+
+@contextmanager
+def _interrupts(run):
+    """Ctrl-C and SIGTERM wait for the end of a step on rank 0; a second one does not."""
+    def stop(*_):
+        run._stop = True
+        restore()
+        os.write(2, b"stopping after this step; once more: at once\n")  # print may be at work
+
+    def restore():
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    mine = signal.SIG_IGN if run.rank else stop    # torchrun ends the others
+    old = {s: signal.signal(s, mine) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()
 
 
 class Run:
@@ -1394,56 +1432,38 @@ class Run:
         if here < self._start[:2]:
             return
         first = self._start[2] if here == self._start[:2] else 0
-        self._metrics, began, counted = {}, time.time(), 0
-        with self._interrupts():
+        self._metrics, self._began, self._counted = {}, time.time(), 0
+        with _interrupts(self):
             for step in range(first, n):
                 yield step
-                counted += pieces
+                self._counted += pieces
                 self.step += bool(log_every)
                 self.done[kind] = self.done.get(kind, 0) + pieces
-                last = step + 1 == n
-                told = bool(log_every) and (last or (step + 1) % log_every == 0)
+                self._start = (*here, step + 1) if step + 1 < n else (here[0], here[1] + 1, 0)
                 late = self._stop or time.time() - self._saved > self.save_every
-                if told or late or last:
-                    numbers = self._read(shared and told)
-                    have = self.spent.get(kind, (0, 0.0))
-                    self.spent[kind] = have[0] + counted, have[1] + time.time() - began
-                    if told:
-                        self._tell(kind, step + 1, n, numbers)
-                    if late or last:
-                        self._start = (here[0], here[1] + 1, 0) if last else (*here, step + 1)
-                        self.save()
-                    began, counted = time.time(), 0
-                if self._stop:
-                    self._end()
+                told = log_every and ((step + 1) % log_every == 0 or step + 1 == n)
+                if late or told or step + 1 == n:
+                    self._pause(kind, step + 1, n, late, told, shared)
 
-    @contextmanager
-    def _interrupts(self):
-        """Ctrl-C and SIGTERM wait for the end of a step on rank 0; a second one does not."""
-        def stop(*_):
-            self._stop = True
-            restore()
-            os.write(2, b"stopping after this step; once more: at once\n")  # print may be at work
-
-        def restore():
-            for s, handler in old.items():
-                signal.signal(s, handler)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        mine = signal.SIG_IGN if self.rank else stop  # torchrun ends the others
-        old = {s: signal.signal(s, mine) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            restore()
-
-    def _end(self):
-        self.close()
-        if self._inside:
-            raise KeyboardInterrupt
-        raise SystemExit(f"stopped; go on with: {command_line(['--resume', self.dir])}")
+    def _pause(self, kind, step, n, late, told, shared):
+        """Between two steps: the only place in training that waits for a GPU."""
+        numbers = self._read(shared and told)
+        have = self.spent.get(kind, (0, 0.0))
+        self.spent[kind] = have[0] + self._counted, have[1] + time.time() - self._began
+        if told:
+            self.log({f"losses/{kind}/{k}": x for k, x in numbers.items()}
+                     | {"charts/UPS": self.rate(kind)})
+            shown = "".join(f", {k} {x:.3g}" for k, x in numbers.items())
+            self.say(f"round {self._round}: {kind} {step}/{n}, {self.rate(kind):.1f}/s{shown}",
+                     step == n)
+        if late or step == n:
+            self.save()
+        self._began, self._counted = time.time(), 0
+        if self._stop:
+            self.close()
+            if self._inside:
+                raise KeyboardInterrupt
+            raise SystemExit(f"stopped; go on with: {command_line(['--resume', self.dir])}")
 
     # ---- numbers
     def note(self, metrics=None, **more):
@@ -1452,7 +1472,7 @@ class Run:
         self._metrics = {**(metrics or {}), **more}
 
     def _read(self, shared=False):
-        """The noted metrics as floats: the only place in training that waits for a GPU."""
+        """The noted metrics as floats.  SystemExit: they are not finite."""
         if not self._metrics:
             return {}
         values = [torch.as_tensor(x).detach().float() for x in self._metrics.values()]
@@ -1466,12 +1486,6 @@ class Run:
                              f"{dict(zip(self._metrics, values.tolist()))}; the last good "
                              f"checkpoint is in {self.dir}: take a smaller learning rate")
         return dict(zip(self._metrics, values.tolist()))
-
-    def _tell(self, kind, step, n, numbers):
-        rate = self.rate(kind)
-        self.log({f"losses/{kind}/{k}": v for k, v in numbers.items()} | {"charts/UPS": rate})
-        shown = ", ".join(f"{k} {v:.3g}" for k, v in numbers.items())
-        self.say(f"round {self._round}: {kind} {step}/{n}, {rate:.1f}/s, {shown}", step == n)
 
     def rate(self, kind):
         """Pieces of a kind of stage per second, in this process."""
@@ -1514,13 +1528,8 @@ class Run:
             torch.distributed.destroy_process_group()  # its threads would abort an ending process
         if self.rank:
             return None
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-        git = subprocess.run(git, capture_output=True, text=True)  # may be a copy outside of one
-        cpu = getattr(self.args, "device", "cpu") == "cpu" or not torch.cuda.is_available()
-        result = dict(command=command_line(), commit=git.stdout.strip() or None,
-                      hardware=hardware("cpu" if cpu else "cuda"), seed=self.args.seed,
-                      seconds=round(self.seconds + time.time() - self._saved, 1),
-                      args=asdict(self.args), folder=str(self.dir)) | result
+        seconds = round(self.seconds + time.time() - self._saved, 1)
+        result = {**_origin(self.args), "seconds": seconds, "folder": str(self.dir), **result}
         write_json(self.dir / "results.json", result)
         kinds = (".json", ".jsonl", ".csv", ".png", ".gif", ".mp4", ".pt")
         names = sorted(p.name for p in self.dir.iterdir() if p.suffix in kinds)
