@@ -424,7 +424,7 @@ class Sampler:
         self._flat = {name: torch.zeros(int(rows.sum()), *width, dtype=dtype, device=self.device)
                       for name, (width, dtype) in self._columns.items() if self.resident}
         for m, row in zip(self._maps, self._row0.tolist()):
-            (n, T1, O), step = m["obs"].shape, max(1, (64 << 20) // (4 * m["obs"][:1].size + 1))
+            (n, T1), step = m["obs"].shape[:2], max(1, (64 << 20) // (4 * m["obs"][:1].size + 1))
             for a in range(0, n if self.resident else 0, step):  # about 64 MB at a time
                 b = min(a + step, n)
                 for name, flat in self._flat.items():
@@ -1034,9 +1034,10 @@ def fill_cache(folder, recipe, job, parts, workers, room=0):
 
     room: bytes that a clip needs at most.  SystemExit: no OpenGL, foreign files, full disk."""
     from tqdm import tqdm
+
     from envs import choose_gl
     folder, todo = Path(folder), {}
-    for name, (n, args) in parts.items():
+    for name, (_, args) in parts.items():
         if (folder / name).exists():
             _part_meta(folder / name, recipe)
         else:

@@ -217,6 +217,7 @@ class Args:
 def main(args):
     """Films one clip of every scene: {kind: actions}; rows: frames, then their masks."""
     import imageio.v3 as imageio
+
     from envs import choose_gl
     choose_gl()
     rows, result = [], {}

@@ -1,6 +1,5 @@
-from t_head import *  # noqa: F401,F403
-
 from studies import mocapact, scenes
+from t_head import *  # noqa: F401,F403
 
 PUSHED, HUMANOID = "studies.scenes:Pushed", "studies.scenes:Humanoid"
 
