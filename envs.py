@@ -723,9 +723,11 @@ class Flock(_Closing):
                                                     autoreset_mode=disabled)
         space, seen = vector.single_action_space, vector.single_observation_space
         mode = vector.metadata.get("autoreset_mode")
-        if mode != disabled or not isinstance(space, box) or not isinstance(seen, box):
-            raise SystemExit(f"{task}: its vector environment has {mode}, actions {space} and "
-                             f"observations {seen}; expected {disabled} and Boxes")
+        boxes = isinstance(space, box) and isinstance(seen, box)
+        if mode != disabled or vector.num_envs != n or not boxes:
+            raise SystemExit(f"{task}: its vector environment has {vector.num_envs} rows, {mode}, "
+                             f"actions {space} and observations {seen}; expected {n}, {disabled} "
+                             "and Boxes")
         self.task, self.n, self.seed, self.facts = task, n, seed, task_facts(task)
         self._env, self._space, self._scale = vector, space, _rescale(space)
         self.t, self._episode = np.zeros(n, int), np.zeros(n, int)
@@ -1125,5 +1127,5 @@ class Fleet(_Pool):
 
 
 if __name__ == "__main__":
-    raise SystemExit("envs.py serves the scripts; to measure its speed type python -m "
-                     "studies.throughput [TASK ..]")
+    raise SystemExit("envs.py serves the scripts; its speed: python -m studies.throughput "
+                     "[--task TASK,..]")

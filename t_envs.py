@@ -60,6 +60,7 @@ envs.register("own_tasks:dots", facts, make, batch=rows)
 envs.register("own_tasks:again", facts, make, batch=lambda *a: rows(*a, "SAME_STEP"))
 envs.register("own_tasks:bad-dots", facts, make,
               batch=lambda *a: rows(*a, make=lambda: Dot("nan")))
+envs.register("own_tasks:more", facts, make, batch=lambda n, *a: rows(n + 1, *a))
 envs.register("own_tasks:wide", facts._replace(obs_dim=4), make)
 '''
 OWN_FOLDER = tempfile.mkdtemp()  # a light module: worker processes import it too
@@ -526,6 +527,7 @@ def played(*tasks, act=idle):
     (lambda: envs.register("a:dot", (3, 1, 9, 1), None), "(3, 1, 9, 1) | Facts(obs_dim"),
     (lambda: envs.beside(DOT, 0), "n=0 | 1 or more"),
     (lambda: envs.beside("own_tasks:again", 2), "AutoresetMode.DISABLED | SAME_STEP"),
+    (lambda: envs.beside("own_tasks:more", 2), "has 3 rows | expected 2"),
     (lambda: nan_in_lock_step("own_tasks:bad-dots"), "bad-dots | non-finite observation"),
     (lambda: nan_in_lock_step("own_tasks:WalkNaN-v0"), "WalkNaN | non-finite reward | step 2"),
     (lambda: envs.Workers(0), "n=0 | 1 or more of each"),

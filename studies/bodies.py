@@ -4,7 +4,7 @@
     env = envs.make_env("studies.bodies:ant")
     with Herd("ant", 64) as herd:                     # 64 of them together on all cores
         obs = herd.reset()
-    python -m studies.throughput bodies               # how fast
+    python -m studies.throughput --task bodies        # how fast
 
 Shapes: n rows (bodies side by side), O observation, A actions, J joints. Like the task of the same
 name in PWM's simulator (not its numbers: other physics), control at 60 Hz. Observation:

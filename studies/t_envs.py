@@ -207,7 +207,8 @@ def test_rollouts_of_bodies_and_plants_equal_single_environments(kind, seeds):
     assert lengths == {240} if len(seeds) == 2 else len(lengths) > 1 and got[0]["term"][-1]
 
 
-def test_rows_that_explode_end_and_stay_finite_and_time_is_no_end():
+def test_rows_that_explode_end_and_stay_finite_and_time_is_no_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
     with Herd("ant", 3, threads=1) as herd:
         herd.reset()
         herd._state[1, 1 + 15 + 3] = 1e30
