@@ -1199,7 +1199,7 @@ def plots(agent, frames, finished, history, tasks, folder, columns=12):
     fig.savefig(folder / "frames.png", dpi=100)
 
     routed = agent.wm.routing(agent.wm.embedding(), agent.temperature())
-    S, J, _ = (x.detach().cpu() for x in routed)
+    S, J, _ = (x.detach().cpu().numpy() for x in routed)
     fig, ax = plt.subplots(figsize=(2.6 + 0.55 * S.shape[1], 1.3 + 0.32 * K), layout="constrained")
     fig.colorbar(ax.imshow(S, cmap="Blues", vmin=0, aspect="auto"), label="router score")
     for k, j in zip(np.arange(K).repeat(J.shape[1]), J.flatten()):

@@ -9,7 +9,7 @@ one frame late. lambda: V(s_t) instead of V(s_t+1) in the lambda-return. code: a
 Rule: a variant is `better` or `worse` than mow.py if the 95 % interval of the difference of their
 scores, paired by seed, lies on one side of 0; fewer than three seeds decide nothing.
 """
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -86,13 +86,14 @@ def work(name, cell, folder):
 
 
 def main(args):
+    args = replace(args, seeds=1, workers=1) if args.fast else args
     args, run = open_run("mow_storm_code", args)
     more = dict(steps=args.steps)
     if args.fast:
         more = dict(steps=30, random_steps=20, length=8, context=3, horizon=3, rollouts=4, batch=2,
                     eval_episodes=1, sizes=TINY, atari={"frame_cap": 80})
     cells = {}
-    for seed in seeds_of(args) if not args.fast else [args.seed]:
+    for seed in seeds_of(args):
         a = mow.Args(task=args.task, storm=True, seed=seed, preset=args.preset,
                      device=args.device, compile=args.compile, **{"sizes": args.sizes, **more})
         for name in VARIANTS:
