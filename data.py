@@ -1448,7 +1448,7 @@ class Run:
 
     def _pause(self, kind, step, n, late, told, shared):
         """Between two steps: the only place in training that waits for a GPU."""
-        numbers = self._read(shared and told)
+        stop, numbers = self._stop, self._read(shared and told)
         have = self.spent.get(kind, (0, 0.0))
         self.spent[kind] = have[0] + self._counted, have[1] + time.time() - self._began
         if told:
@@ -1457,10 +1457,10 @@ class Run:
             shown = "".join(f", {k} {x:.3g}" for k, x in numbers.items())
             self.say(f"round {self._round}: {kind} {step}/{n}, {self.rate(kind):.1f}/s{shown}",
                      step == n)
-        if late or step == n:
+        if stop or late or step == n:
             self.save()
         self._began, self._counted = time.time(), 0
-        if self._stop:
+        if stop:                                   # a signal since then waits for the next step
             self.close()
             if self._inside:
                 raise KeyboardInterrupt

@@ -753,7 +753,7 @@ def test_run_stopped_at_every_piece_and_resumed_ends_at_the_same_numbers(tmp_pat
     assert numbers_of(toy(again)) == want  # finished: nothing is done again
 
 
-def test_run_killed_goes_on_and_a_second_signal_does_not_wait(tmp_path):
+def test_run_killed_goes_on_and_a_second_signal_does_not_wait(tmp_path, monkeypatch):
     want = numbers_of(toy(ToyArgs(str(tmp_path / "whole"))))
     for stop in (3, 8, 13):
         root = tmp_path / str(stop)
@@ -768,6 +768,18 @@ def test_run_killed_goes_on_and_a_second_signal_does_not_wait(tmp_path):
         with open(Path(only(root)) / "metrics.jsonl", "ab") as f:
             f.write(b'{"step": 5, "lo')  # killed in the middle of a line
         assert numbers_of(toy(ToyArgs(str(root), resume=only(root)))) == want
+
+    def read(run, shared=False):  # a signal that comes while a step is told waits for the next
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(run, shared)
+    real = Run._read
+    with monkeypatch.context() as m, says("stopped"):
+        m.setattr(Run, "_read", read)
+        toy(ToyArgs(str(tmp_path / "told"), save_every=1e9))
+    folder = only(tmp_path / "told")
+    assert torch.load(Path(folder) / "checkpoint.pt")["_run"]["at"] == [0, 2, 0]
+    assert numbers_of(toy(ToyArgs(str(tmp_path / "told"), resume=folder))) == want
 
     def twice(i):
         if i == 2:
