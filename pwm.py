@@ -1124,7 +1124,7 @@ def fill(args, device, tasks):
     single = len(tasks) == 1
     ends = single and task_facts(tasks[0]).ends if args.ends is None else args.ends
     if ends and not single:
-        raise SystemExit("--ends is for one task: name one, or type --no-ends")
+        raise SystemExit("--ends is for one task: name one, or type --ends False")
     kind = "ends" if ends else "one" if single else "many"
     budget = DEFAULTS | BUDGETS[device.type, kind] | (FAST if args.fast else {}) | {"ends": ends}
     budget |= dict(model_size=None, wm_steps=0) if args.checkpoint else {}
@@ -1325,8 +1325,8 @@ def main(args: Args, root="runs", make_agent=Agent, inside=None):
 
 MOVED = {f"--ablation {name}": f"python -m studies.{name}" for name in ("stiffness", "latency")} | {
     "--task ball-wall": "python -m studies.ball_wall", "--true-plant": "python -m studies.shac",
-    "--task double-pendulum": "python -m studies.double_pendulum", "--no-episodic": "--no-ends",
-    "--ablation all": "python -m studies.ablations", "--episodic": "--ends",
+    "--task double-pendulum": "python -m studies.double_pendulum", "--no-episodic": "--ends False",
+    "--ablation all": "python -m studies.ablations", "--episodic": "--ends True",
     "--ablation": "python -m studies.ablations --only NAME,..", "--seeds": "--seed, once for each"}
 MOVED |= dict.fromkeys(("--planner-episodes", "--prior"), "python -m studies.tdmpc2")
 MOVED |= {f"--{old}": f"python -m studies.ablations --only {new}" for old, new in (

@@ -1,7 +1,7 @@
 """PWM's ablations as one table of paired differences (Figs. 7b, 8, 14, 18 and 19).
 
-What do the parts of PWM do for its policies? A base and every variant train on the same data with the
-same seeds; variants that leave the world model alone start from the base's.
+What do the parts of PWM do for its policies? A base and every variant train on the same data with
+the same seeds; variants that leave the world model alone start from the base's.
 
     python -m studies.ablations                             # all, four tasks: 3 hours (an estimate)
     python -m studies.ablations --only activation,batch     # some: see ABLATIONS
@@ -9,9 +9,9 @@ same seeds; variants that leave the world model alone start from the base's.
         --task cartpole-swingup,walker-walk                 # and the curve of Fig. 8b: 43 minutes
     python -m studies.ablations --fast                      # two of them on a tiny budget
 
-Verdict per claim of the paper: the difference to the base with its 95 % interval over three seeds or
-more ("activation": five), redrawn within each task; it holds, fails, or is undecided if 0 is inside.
-"""
+Verdict per claim of the paper: the difference to the base with its 95 % interval over three seeds
+or more ("activation": five), redrawn within each task; it holds, fails, or is undecided if 0 is
+inside. """
 import contextlib
 import time
 from dataclasses import dataclass, replace
@@ -22,11 +22,10 @@ import torch
 
 import data
 import pwm
-from studies import tdmpc2
+from studies import common, tdmpc2
 from studies.common import StudyArgs, command, figure, finish, open_run, paired, save_figure
-from studies.common import show, verdict
 
-DATA = dict(wm_steps=6000, wm_batch=128, policy_steps=1200, policy_batch=16)  # the run that makes it
+DATA = dict(wm_steps=6000, wm_batch=128, policy_steps=1200, policy_batch=16)  # the run for it
 CELL = dict(wm_steps=2000, wm_batch=128, wm_horizon=3, policy_steps=400, policy_batch=16)
 FAST = dict(wm_steps=6, wm_batch=8, wm_horizon=3, policy_steps=3, policy_batch=4, eval_episodes=1,
             seed_episodes=4, round_episodes=2, rounds=2, horizon=4, model_size=1)
@@ -105,7 +104,8 @@ class SharedCritics(pwm.Critics):
 
 class SharedAgent(pwm.Agent):
     def networks(self):
-        return dict(actors=SharedActor(self.wm, self.rows), critics=SharedCritics(self.wm, self.rows))
+        wm, rows = self.wm, self.rows
+        return dict(actors=SharedActor(wm, rows), critics=SharedCritics(wm, rows))
 
 
 def td_returns(critics, z, rew, alive, gamma, lam):
@@ -131,8 +131,8 @@ class ReluAgent(pwm.Agent):
     activation = "relu"
 
 
-AGENTS = {"PWM": pwm.Agent, "mish": MishAgent, "relu": ReluAgent, "td": TdAgent, "shared": SharedAgent,
-          "TD-MPC2": tdmpc2.Agent}
+AGENTS = {"PWM": pwm.Agent, "mish": MishAgent, "relu": ReluAgent, "td": TdAgent,
+          "shared": SharedAgent, "TD-MPC2": tdmpc2.Agent}
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -152,26 +152,27 @@ def work(name, cell, folder):
     returns = {}
     for column, played in result["episodes"].items():
         returns[column] = {t: float(np.mean(x)) for t, x in played.items()}
-    return dict(folder=str(inside), returns=returns, errors=errors, curve=curve, args=result["args"])
+    return dict(folder=str(inside), returns=returns, errors=errors, curve=curve,
+                args=result["args"])
 
 
 def update_seconds(cell, tasks):
     """Seconds of one policy update, measured on made-up start states."""
-    args = pwm.fill(pwm.Args(**{k: v for k, v in cell.items() if k != "agent"}), torch.device("cpu"),
-                    tasks)
-    agent = pwm.Agent(args, tasks, torch.device("cpu"))
+    cpu, flags = torch.device("cpu"), {k: v for k, v in cell.items() if k != "agent"}
+    args = pwm.fill(pwm.Args(**flags), cpu, tasks)
+    agent = pwm.Agent(args, tasks, cpu)
     agent.wm.requires_grad_(False)
-    N, B = len(tasks), args.policy_batch
-    times = []
+    N, B, A, times = len(tasks), args.policy_batch, agent.wm.act_mask.shape[1], []
+    task = agent.rows.repeat_interleave(B)
     for _ in range(4):
-        began, noise = time.perf_counter(), agent.noise(args.horizon, N, B)
-        z, rew, alive = pwm.imagine(agent.wm, agent.actors, torch.rand(N, B, agent.wm.obs_dim), noise,
-                                    agent.rows.repeat_interleave(B))
+        obs, noise = torch.rand(N, B, agent.wm.obs_dim), torch.randn(args.horizon, N, B, A)
+        began = time.perf_counter()
+        z, rew, alive = pwm.imagine(agent.wm, agent.actors, obs, noise, task)
         J, target, weight = pwm.imagined_returns(agent.critics, z, rew, alive, 0.99, 0.95)
         pwm.descend(pwm.actor_loss(J, agent.stats.var), agent.opt["actors"], 1.0, N)
         z, target, weight = (pwm.by_task(x) for x in (z[:-1].detach(), target, weight))
-        for m in agent.orders(args.critic_passes, z.shape[1]).flatten().chunk(
-                pwm.CRITIC_BATCHES * args.critic_passes):
+        orders = torch.rand(args.critic_passes, args.horizon * B).argsort(1).flatten()
+        for m in orders.chunk(pwm.CRITIC_BATCHES * args.critic_passes):
             loss = pwm.critic_loss(agent.critics, z[:, m], target[:, m], weight[:, m])
             pwm.descend(loss, agent.opt["critics"], 100.0, N)
         times.append(time.perf_counter() - began)
@@ -211,9 +212,10 @@ def row(name, variant, cells, base, tasks, expected):
     theirs = np.array([[c["returns"]["ours"][t] for t in tasks] for c in base])[:len(mine)]
     change, low, high = paired(mine, theirs)
     latent = [c["errors"]["latent_nmse_16"] for c in cells if "latent_nmse_16" in c["errors"]]
-    return dict(ablation=name, variant=variant, returns=mine.mean(1).tolist(), mean=float(mine.mean()),
-                tasks=dict(zip(tasks, mine.mean(0).tolist())), difference=change, ci95=[low, high],
-                verdict=verdict(low, high, expected, len(mine)) if expected else "",
+    return dict(ablation=name, variant=variant, returns=mine.mean(1).tolist(),
+                mean=float(mine.mean()), tasks=dict(zip(tasks, mine.mean(0).tolist())),
+                difference=change, ci95=[low, high],
+                verdict=common.verdict(low, high, expected, len(mine)) if expected else "",
                 latent=float(np.mean(latent)) if latent else None)
 
 
@@ -279,8 +281,9 @@ def main(args):
     variants = variants_of(wanted, base, made, tasks, args)
     made |= data.run_cells(work, variants, run.dir, args.workers)
     rows = table(wanted, made, tasks, args)
-    show(rows, dict(variant="variant", mean="return", difference="minus base", ci95="95 % interval",
-                    latent="latent error", verdict="claim"))
+    heads = dict(variant="variant", mean="return", difference="minus base", ci95="95 % interval",
+                 latent="latent error", verdict="claim")
+    common.show(rows, heads)
     for name in wanted:
         print(f"{name}: {ABLATIONS[name][0]}")
     figures = ["efficiency.png"] if args.eval_every else []

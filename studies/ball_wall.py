@@ -3,16 +3,15 @@
 Small networks, ReLU or SimNorm, are fitted to the cost of throwing a ball over a wall, a landscape
 with cliffs; gradient descent on the fit starts in a plateau. Where does it end?
 
-    python -m studies.ball_wall           # 85 CPU seconds: "reproduced", gap 3.7 m instead of 16.9 m
+    python -m studies.ball_wall           # 85 CPU seconds: reproduced, gap 3.7 m instead of 16.9 m
     python -m studies.ball_wall --fast    # seconds; nothing is decided
 
 Verdict: reproduced if SimNorm's model error is at least twice ReLU's, its median gap to the optimum
-at most a third of ReLU's, and below 5 in 90 % of 20 networks or more.
-Deviations from the paper's protocol: networks as the text says, without the LayerNorm of the released
-code (whose "ReLU" is Mish); gradient descent is run (SGD 0.01, 2000 steps), where the released code
-takes the argmin of the model; contact time with k = 1 as printed (a slip), the right one, k = 2,
-beside it. SimNorm's advantage needs under-fitting and groups of 4 or 8: see the table's other rows.
-"""
+at most a third of ReLU's, and below 5 in 90 % of 20 networks or more. Deviations from the paper's
+protocol: networks as the text says, without the LayerNorm of the released code (whose "ReLU" is
+Mish); gradient descent is run (SGD 0.01, 2000 steps), where the released code takes the argmin of
+the model; contact time with k = 1 as printed (a slip), the right one, k = 2, beside it. SimNorm's
+advantage needs under-fitting and groups of 4 or 8: see the table's other rows. """
 import functools
 import math
 from dataclasses import dataclass
@@ -77,7 +76,8 @@ def fit_landscape(act, cost, n, epochs, seed):
 
 
 def descend(net, n, steps=2000, lr=0.01):
-    """Gradient descent on n fitted landscapes from theta = -pi, kept in [-pi, pi] -> angles (n,)."""
+    """Gradient descent on n fitted landscapes from theta = -pi, kept in [-pi, pi] -> angles
+    (n,)."""
     theta = torch.full((n, 1), -math.pi, requires_grad=True)
     for _ in range(steps):
         (grad,) = torch.autograd.grad(net(theta).sum(), theta)
@@ -104,7 +104,8 @@ def verdict(relu, smooth):
     n, gaps = len(smooth["gap"]), [np.median(x["gap"]) for x in (relu, smooth)]
     ratio = np.median(smooth["rmse"]) / np.median(relu["rmse"])
     share = float(np.mean(np.array(smooth["gap"]) < 5))
-    return {f"model error of SimNorm at least twice that of ReLU: {ratio:.2f} times": bool(ratio >= 2),
+    return {f"model error of SimNorm at least twice that of ReLU: {ratio:.2f} times":
+                bool(ratio >= 2),
             f"its median gap at most a third of ReLU's: {gaps[1]:.2f} against {gaps[0]:.2f}":
                 bool(gaps[1] <= gaps[0] / 3),
             f"its gap below 5 in 90 % of 20 seeds or more: {share:.0%} of {n}":
@@ -138,8 +139,8 @@ def main(args):
 
 
 def draw(path, ball, grid, rows, kept):
-    """Figs. 2 and 10: the throw, the landscapes with start and end of a typical seed, training losses,
-    the table."""
+    """Figs. 2 and 10: the throw, the landscapes with start and end of a typical seed, training
+    losses, the table."""
     fig, (sketch, land, loss, table) = figure(17, 4, 1, 4, width_ratios=(1, 1.4, 1, 1.3))
     for theta in (-0.6, 0.0, 0.26, 0.8):
         x, y = ball.path(theta).T
@@ -160,14 +161,15 @@ def draw(path, ball, grid, rows, kept):
         loss.plot(q[1], color=color, label=name)
         loss.fill_between(range(len(q[1])), q[0], q[2], color=color, alpha=0.2)
     land.set(title="landscapes: start ×, end ★ (typical seed)", xlabel="θ [rad]", ylabel="J")
-    loss.set(title="training loss (quartiles over seeds)", xlabel="epoch", ylabel="MSE", yscale="log")
+    loss.set(title="training loss (quartiles over seeds)", xlabel="epoch", ylabel="MSE",
+             yscale="log")
     for ax in (land, loss):
         ax.legend(fontsize=8)
     table.axis("off")
     cells = [[name, f"{np.median(r['rmse']):.2f}", f"{np.median(r['gap']):.2f}"]
              for name, r in rows.items()]
-    made = table.table(cells, colLabels=["model", "error (RMSE)", "gap |J(θ*) - J(θ̂)|"], loc="center",
-                       colWidths=[0.5, 0.22, 0.33])
+    heads = ["model", "error (RMSE)", "gap |J(θ*) - J(θ̂)|"]
+    made = table.table(cells, colLabels=heads, loc="center", colWidths=[0.5, 0.22, 0.33])
     made.auto_set_font_size(False)
     made.set_fontsize(8)
     made.scale(1, 1.4)

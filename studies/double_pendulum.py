@@ -1,20 +1,19 @@
-"""Fig. 3: what do policy gradients through the true plant and through learned models look like as the
-horizon grows (Sec. 3.2, App. B)?
+"""Fig. 3: what do policy gradients through the true plant and through learned models look like as
+the horizon grows (Sec. 3.2, App. B)?
 
 SHAC on the true double pendulum makes the policy and the data; models train on 3 and 16 steps; the
-variance, expected signal-to-noise ratio (ESNR, Eq. 5) and direction of the policy gradient along the
-same actions are then compared.
+variance, expected signal-to-noise ratio (ESNR, Eq. 5) and direction of the policy gradient along
+the same actions are then compared.
 
     python -m studies.double_pendulum           # 235 CPU seconds with three models per horizon
     python -m studies.double_pendulum --fast    # seconds; nothing is decided
 
-Verdict: see `checks`; all must hold, with three models per horizon or more.
-Deviations from the paper's protocol: small models of few updates, which begin on 3 steps for both
-horizons; a true acrobot, where the reference's two hinges sit at one point, so that its links do not
-pull at each other; all models see the same starts, noise, actions and reward scale, where the
-released code lets the true plant go on from its last state and adds a term that grows with H to its
-ESNR; the gradient flows action -> state -> reward, the policy's input is cut, as in the release.
-"""
+Verdict: see `checks`; all must hold, with three models per horizon or more. Deviations from the
+paper's protocol: small models of few updates, which begin on 3 steps for both horizons; a true
+acrobot, where the reference's two hinges sit at one point, so that its links do not pull at each
+other; all models see the same starts, noise, actions and reward scale, where the released code lets
+the true plant go on from its last state and adds a term that grows with H to its ESNR; the gradient
+flows action -> state -> reward, the policy's input is cut, as in the release. """
 import copy
 import json
 import time
@@ -31,9 +30,9 @@ from studies.plants import plant
 from studies.shac import TruePlant
 
 TASK = "studies.plants:double-pendulum"
-BUDGET = dict(episodes=32, shac_updates=150, shac_horizon=32, random_episodes=480, base_updates=1000,
-              model_updates=600, model_batch=128, latent=64, hidden=128, policy_updates=60,
-              rollouts=100)
+BUDGET = dict(episodes=32, shac_updates=150, shac_horizon=32, random_episodes=480,
+              base_updates=1000, model_updates=600, model_batch=128, latent=64, hidden=128,
+              policy_updates=60, rollouts=100)
 FAST = dict(episodes=2, shac_updates=2, shac_horizon=4, random_episodes=4, base_updates=4,
             model_updates=2, model_batch=8, latent=16, hidden=16, policy_updates=2, rollouts=4)
 
@@ -47,8 +46,8 @@ class Args(StudyArgs):
 
 
 def play_pendulum(pendulum, act, state, steps):
-    """Closed loop from state (B, 4): act(obs (B, 6), t) -> (B, 1). Returns obs (steps+1, B, 6), act,
-    rew (steps, B)."""
+    """Closed loop from state (B, 4): act(obs (B, 6), t) -> (B, 1). Returns obs (steps+1, B, 6),
+    act, rew (steps, B)."""
     obs, acts, rew = [pendulum.observe(state)], [], []
     for t in range(steps):
         acts.append(act(obs[-1], t))
@@ -61,10 +60,9 @@ def play_pendulum(pendulum, act, state, steps):
 def extract(wm, starts, updates, horizon, gen, lr=2e-3, collect=None):
     """A policy for the pendulum by first-order gradients through wm (a WorldModel or TruePlant).
 
-    starts (M, 6) start observations. collect(actors, share done) -> more starts, called before every
-    15th update. Returns the actors (one). The learning rate falls linearly to 1e-5; small networks, as
-    the observation has 6 numbers.
-    """
+    starts (M, 6) start observations. collect(actors, share done) -> more starts, called before
+    every 15th update. Returns the actors (one). The learning rate falls linearly to 1e-5; small
+    networks, as the observation has 6 numbers. """
     actors = pwm.Actors(torch.ones(1, 1), wm.latent, (128, 64, 32))
     critics, stats = pwm.Critics(1, wm.latent, widths=(128, 64)), pwm.RunningStats(1)
     opts = [torch.optim.Adam(x.parameters(), lr, pwm.BETAS, fused=True) for x in (actors, critics)]
@@ -94,11 +92,11 @@ def extract(wm, starts, updates, horizon, gen, lr=2e-3, collect=None):
 
 
 def action_gradients(wm, obs, acts):
-    """How later rewards depend on every action, along given actions: d(r_0 + .. + r_k)/d a_t, k, t < H.
+    """How later rewards depend on every action, along given actions: d(r_0 + .. + r_k)/d a_t, k, t
+    < H.
 
-    obs (N, O) starts, acts (H, N, 1). Returns (H, H, N): [k, t]. Gradients flow from action to state
-    to reward only.
-    """
+    obs (N, O) starts, acts (H, N, 1). Returns (H, H, N): [k, t]. Gradients flow from action to
+    state to reward only. """
     acts = acts.detach().requires_grad_()
     task = torch.zeros(len(obs), dtype=torch.long)
     z = [wm.encode(obs, task)]
@@ -122,9 +120,8 @@ def gradient_statistics(weights, jacobian):
     """Policy gradients g_n = sum_t dJ_H/da_t da_t/dtheta of N roll-outs for every horizon.
 
     weights (H, T, N) from action_gradients, jacobian (T, N, P). Returns {"variance": mean over
-    parameters of the sample variance, "esnr": Eq. (5), "esnr_code": mean of the ratios as the released
-    code has it}, each (H,); means (H, P).
-    """
+    parameters of the sample variance, "esnr": Eq. (5), "esnr_code": mean of the ratios as the
+    released code has it}, each (H,); means (H, P). """
     out, means = {"variance": [], "esnr": [], "esnr_code": []}, []
     for w in weights:  # (T, N)
         g = -torch.einsum("tn,tnp->np", w, jacobian)  # of the loss -J_H
@@ -137,10 +134,11 @@ def gradient_statistics(weights, jacobian):
 
 
 def fit_model(wm, data, horizon, updates, lr, batch, gen):
-    """Train wm on `horizon`-step sequences of obs (T+1, M, 6), act (T, M, 1), rew (T, M); returns the
-    last loss."""
+    """Train wm on `horizon`-step sequences of obs (T+1, M, 6), act (T, M, 1), rew (T, M); returns
+    the last loss."""
     obs, act, rew = data
-    opt, steps = torch.optim.Adam(wm.parameters(), lr, fused=True), torch.arange(horizon + 1)[:, None]
+    opt = torch.optim.Adam(wm.parameters(), lr, fused=True)
+    steps = torch.arange(horizon + 1)[:, None]
     for i in range(updates):
         pwm.set_rates(opt, lr, min(1.0, 0.03 + 2 * (1 - i / updates)))
         e = torch.randint(act.shape[1], (batch,), generator=gen)
@@ -153,8 +151,9 @@ def fit_model(wm, data, horizon, updates, lr, batch, gen):
 
 
 def train_models(data, seed, budget, note):
-    """{3: WorldModel, 16: WorldModel} of one seed: the same start on 3-step sequences, then each on its
-    own horizon (long sequences from nothing need far more updates than the minutes of this study)."""
+    """{3: WorldModel, 16: WorldModel} of one seed: the same start on 3-step sequences, then each on
+    its own horizon (long sequences from nothing need far more updates than the minutes of this
+    study)."""
     torch.manual_seed(seed)
     gen, hidden = torch.Generator().manual_seed(seed), budget["hidden"]
     base = pwm.WorldModel(6, [1], 2, hidden, hidden, budget["latent"], 0, ends=True)
@@ -163,16 +162,17 @@ def train_models(data, seed, budget, note):
     models = {}
     for horizon in (3, 16):
         models[horizon] = wm = copy.deepcopy(base)
-        loss = fit_model(wm, data, horizon, budget["model_updates"], 6e-4, budget["model_batch"], gen)
+        updates, batch = budget["model_updates"], budget["model_batch"]
+        loss = fit_model(wm, data, horizon, updates, 6e-4, batch, gen)
         wm.requires_grad_(False)
         note(f"model {seed} of horizon {horizon}: loss {loss:.4f}")
     return models
 
 
 def make_data(pendulum, budget, gen, note):
-    """SHAC on the true plant, and the episodes it leaves: a third random, a third the policies on the
-    way, a third the last one with wide noise. Returns actors, (obs (T+1, M, 6), act (T, M, 1), rew
-    (T, M)), returns on the way (random actions first)."""
+    """SHAC on the true plant, and the episodes it leaves: a third random, a third the policies on
+    the way, a third the last one with wide noise. Returns actors, (obs (T+1, M, 6), act (T, M, 1),
+    rew (T, M)), returns on the way (random actions first)."""
     T, m = pendulum.STEPS, budget["random_episodes"]
     held = (2 * torch.rand(T // 4, m, 1, generator=gen) - 1).repeat_interleave(4, 0)
     episodes = [play_pendulum(pendulum, lambda o, t: held[t], pendulum.reset(m, gen), T)]
@@ -182,7 +182,10 @@ def make_data(pendulum, budget, gen, note):
     def roll(actors, n, sigma):  # n episodes of the policy with its noise times sigma
         noise = torch.randn(T, 1, n, 1, generator=gen) * sigma
         start = pendulum.reset(n, gen)
-        episodes.append(play_pendulum(pendulum, lambda o, t: actors(o[None], noise[t])[0], start, T))
+
+        def act(o, t):
+            return actors(o[None], noise[t])[0]
+        episodes.append(play_pendulum(pendulum, act, start, T))
 
     def collect(actors, done):
         roll(actors, budget["episodes"], 1.0)
@@ -194,14 +197,15 @@ def make_data(pendulum, budget, gen, note):
 
     true = TruePlant(pendulum, TASK, float(episodes[0][2].std()))
     starts = pendulum.observe(pendulum.reset(64, gen))
-    actors = extract(true, starts, budget["shac_updates"], budget["shac_horizon"], gen, collect=collect)
+    updates, horizon = budget["shac_updates"], budget["shac_horizon"]
+    actors = extract(true, starts, updates, horizon, gen, collect=collect)
     roll(actors, m, 3.0)
     return actors, [torch.cat(x, 1) for x in zip(*episodes)], history
 
 
 def gradients(pendulum, actors, models, N, gen, note, H=50):
-    """{"upright", "random": {model: [gradient_statistics and "cosine" for every seed]}}, of N roll-outs
-    for horizons 1..H."""
+    """{"upright", "random": {model: [gradient_statistics and "cosine" for every seed]}}, of N
+    roll-outs for horizons 1..H."""
     studies = {}
     for where, start in (("upright", torch.zeros(N, 4)), ("random", pendulum.reset(N, gen))):
         eps = torch.randn(H, 1, N, 1, generator=gen)
@@ -241,8 +245,8 @@ def checks_of(upright, n):
                 min(over) >= 5,
             f"their ESNR is at least 10 times the true one for all H >= 16: at least {shown(gain)}":
                 min(gain) >= 10,
-            f"and above that of models trained on 3 steps for 8 <= H <= 30: at least {shown(better)} "
-            "times": min(better) > 1}
+            f"and above that of models trained on 3 steps for 8 <= H <= 30: {shown(better)} times":
+                min(better) > 1}
 
 
 def draw(path, studies):
@@ -255,8 +259,8 @@ def draw(path, studies):
         for ax, (key, title) in zip(row, titles.items()):
             for name, stats in models.items():
                 for k, x in enumerate(stats):
-                    ax.plot(range(1, len(x[key]) + 1), x[key], color=colors[name], lw=1.3, alpha=0.8,
-                            label=None if k else name)
+                    ax.plot(range(1, len(x[key]) + 1), x[key], color=colors[name], lw=1.3,
+                            alpha=0.8, label=None if k else name)
             ax.set(title=f"{title}, {where} start{'s' * (where == 'random')}", xlabel="H")
             if key != "cosine":
                 ax.set_yscale("log")
@@ -277,7 +281,8 @@ def main(args):
         print(f"{text} ({time.time() - began:.0f} s, {used:.0f} CPU-s)", flush=True)
 
     actors, data, history = make_data(pendulum, budget, gen, note)
-    test, zero = pendulum.reset(64, torch.Generator().manual_seed(7)), torch.zeros(64, dtype=torch.long)
+    test = pendulum.reset(64, torch.Generator().manual_seed(7))
+    zero = torch.zeros(64, dtype=torch.long)
 
     @torch.no_grad()
     def mean_return(actors, wm):

@@ -1,8 +1,8 @@
 """SHAC: PWM's updates through the true, differentiable plant in the place of the world model.
 
-How far do first-order gradients get with perfect foresight? The plant (studies.plants) stands behind
-a world model's interface, so that `pwm.train` makes the policy: no model stage, imagination is the
-simulation, and windows go on where the bodies of the last ones have got to.
+How far do first-order gradients get with perfect foresight? The plant (studies.plants) stands
+behind a world model's interface, so that `pwm.train` makes the policy: no model stage, imagination
+is the simulation, and windows go on where the bodies of the last ones have got to.
 
     python -m studies.shac --task planar-hopper          # 16 minutes on a thread: 3,718 with seed 2
     python -m studies.shac --task stiff-hopper           # five times stiffer contacts (Fig. 7a)
@@ -87,8 +87,8 @@ class Agent(pwm.Agent):
         (task,) = self.tasks
         made = plant(task)
         if not hasattr(made, "ended") or self.device.type != "cpu":
-            raise SystemExit(f"SHAC computes gradients through a plant on a CPU, and {task} has none "
-                             "that ends: type --task planar-hopper or --task stiff-hopper")
+            raise SystemExit(f"SHAC computes gradients through a plant on a CPU, and {task} has "
+                             "none that ends: type --task planar-hopper or --task stiff-hopper")
         return TruePlant(made, task)
 
     def networks(self):
@@ -101,7 +101,8 @@ class Agent(pwm.Agent):
                     critics=adam(self.critics.parameters(), 2e-3, pwm.BETAS, fused=True))
 
     def sampler(self, episodes, horizon):
-        """Imagination starts where the bodies are; the data only give the scale of rewards, once."""
+        """Imagination starts where the bodies are; the data only give the scale of rewards,
+        once."""
         if self.wm.scale.count[0] < 1:
             self.wm.rew_std.fill_(pwm.reward_deviation(episodes.arrays(self.tasks[0])))
 

@@ -96,7 +96,8 @@ def init_normal(i, j):
 
 
 def value_loss(heads, z, next_z, act, rew, task, discount, rho, noise, pair):
-    """TD-MPC2's Q loss on the model's roll-out: cross-entropy to r + gamma min_2 Q_slow(z', pi(z')).
+    """TD-MPC2's Q loss on the model's roll-out: cross-entropy to r + gamma min_2 Q_slow(z',
+    pi(z')).
 
     z (H, B, L) with gradient, next_z (H, B, L) encoded, discount (B,), noise (H, B, A), pair (2,).
     """
@@ -127,8 +128,8 @@ def task_discount(length):
 
 
 @torch.no_grad()
-def plan(wm, heads, z, task, mean, discount, generator, horizon=3, samples=512, priors=24, elites=64,
-         iterations=6, temperature=0.5, min_std=0.05, max_std=2.0):
+def plan(wm, heads, z, task, mean, discount, generator, horizon=3, samples=512, priors=24,
+         elites=64, iterations=6, temperature=0.5, min_std=0.05, max_std=2.0):
     """MPPI in latent space: z (B, L), task (B,), mean (B, 3, A) of the last step, shifted.
 
     24 action sequences come from the policy prior, the rest from a Gaussian that is refitted to the
@@ -227,7 +228,7 @@ class Agent(pwm.Agent):
 
     def __init__(self, args, tasks, device, world=1):
         if world > 1:
-            raise SystemExit("the TD-MPC2 baseline trains on one process: start it without torchrun")
+            raise SystemExit("TD-MPC2 trains on one process: start it without torchrun")
         super().__init__(args, tasks, device, world)
         lengths = torch.full((len(self.wm.act_dims),), 500)  # of every row of the model's table
         lengths[self.rows.cpu()] = torch.tensor([f.episode_length for f in self.facts])
@@ -239,8 +240,8 @@ class Agent(pwm.Agent):
     def networks(self):
         nets = super().networks()
         if self.args.ends:
-            raise SystemExit("TD-MPC2's rewards and values come in 101 classes, and a task that ends "
-                             "has a scalar head: name a task that does not")
+            raise SystemExit("TD-MPC2's rewards and values come in 101 classes, and a task that "
+                             "ends has a scalar head: name a task that does not")
         if self.args.checkpoint:
             self.heads = load_tdmpc2(self.wm, self.args.checkpoint)
         else:
