@@ -139,7 +139,7 @@ def register(name, facts, make, batch=None):
     """Add a task of your own, called "module:rest" after the module whose import registers it.
 
     make(seed, obs) -> gymnasium.Env with a Box of actions, which make_env wraps: actions in
-      [-1, 1], float32 vectors, the time limit of facts; obs="pixels" shows what it renders.
+      [-1, 1], float32 vectors, action repeat and time limit of facts; pixels: what it renders.
     batch(n, seed, workers) -> n of them side by side, for `beside`: anything with that interface or
       a gymnasium.vector.VectorEnv (see Flock). If it has a method rollout(jobs, policy, progress),
       that plays the episodes of Workers.rollout.
@@ -319,54 +319,6 @@ class _Suite(_Env):
         return self._physics.render(self._size or 256, self._size or 256, self._camera)
 
 
-class _MetaWorld(_Env):
-    """A Meta-World v3 task with visible goal. (TD-MPC2 used an older v2: not the same numbers.)
-
-    camera: corner4 is the corner2 that multi-task papers moved closer; repeat, length: control
-    steps per agent step, agent steps per episode (as in TD-MPC2; the benchmark's own: 1, 500)."""
-
-    def __init__(self, task, seed, obs, size, camera="corner2", repeat=2, length=100):
-        if task not in METAWORLD50:
-            raise _unknown(task)
-        try:
-            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-        except ImportError as error:
-            raise SystemExit(f"{task} needs Meta-World, which cannot be imported ({error}); "
-                             "pip install metaworld==3.1.1 mujoco==3.3.0") from None
-        pixels = size if obs == "pixels" else 480
-        self._env = env = ALL_V3_ENVIRONMENTS[task[3:] + "-v3"](
-            render_mode="rgb_array", camera_name=camera, width=pixels, height=pixels)
-        # Outside its own benchmarks Meta-World must be told: show the goal (and forget the cached
-        # bounds, which would clip it to zero), draw a new one at each reset, and from the seed.
-        env._partially_observable = False
-        env.__dict__.pop("sawyer_observation_space", None)
-        env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
-        if obs == "pixels":  # shadow maps of 4096 x 4096 are half of the time
-            env.model.vis.quality.shadowsize = 1024
-        facts = Facts(39, 4, length, repeat, 0.0, False)
-        self._setup(task, seed, obs, size, facts, round(1 / env.dt / repeat))
-
-    def _restart(self, seed):
-        if seed is not None:
-            self._env.seed(seed)
-        obs, _ = self._env.reset()
-        # One idle control step whose observation is dropped, as when TD-MPC2's published data were
-        # recorded (official code: envs/metaworld.py, reset); an episode of 500 has no room for it.
-        if self.facts.action_repeat * self.facts.episode_length < 500:
-            self._env.step(np.zeros(4, np.float32))
-        return obs
-
-    def _advance(self, action):
-        rew = 0.0
-        for _ in range(self.facts.action_repeat):
-            obs, r, _, _, info = self._env.step(action)
-            rew += r
-        return obs, rew, False, False, {"success": float(info["success"])}
-
-    def _frame(self):
-        return self._env.render()[::-1].copy()  # the corner cameras hang upside down
-
-
 def _from_registry(task):
     """gymnasium.make with frames where the environment has them."""
     try:
@@ -382,7 +334,7 @@ def _from_registry(task):
 
 
 class _Gymnasium(_Env):
-    """A gymnasium environment with continuous actions: not repeated, observations flattened."""
+    """A gymnasium environment with continuous actions; observations are flattened."""
 
     def __init__(self, task, env, seed, obs, size, facts=None):
         space, box = env.action_space, gymnasium.spaces.Box
@@ -397,8 +349,9 @@ class _Gymnasium(_Env):
         if facts and facts[:2] != found[:2]:
             raise SystemExit(f"{task} was registered with (obs_dim, act_dim) {facts[:2]}, but its "
                              f"environment has {found[:2]}")
-        fps = env.metadata.get("render_fps") or 25
-        self._setup(task, seed, obs, size, facts or found, fps)
+        facts = facts or found
+        fps = round((env.metadata.get("render_fps") or 25) / facts.action_repeat)
+        self._setup(task, seed, obs, size, facts, fps)
 
     def _flat(self, obs):
         return gymnasium.spaces.flatten(self._env.observation_space, obs)
@@ -408,7 +361,12 @@ class _Gymnasium(_Env):
 
     def _advance(self, action):
         action = _to_bounds(self._env.action_space, self._centre, self._half, action)
-        obs, rew, terminated, truncated, info = self._env.step(action)
+        rew = 0.0
+        for _ in range(self.facts.action_repeat):
+            obs, now, terminated, truncated, info = self._env.step(action)
+            rew += now
+            if terminated or truncated:
+                break
         success = float(info.get("success", info.get("is_success", 0.0)))
         return self._flat(obs), rew, terminated, truncated, {"success": success}
 
@@ -422,6 +380,47 @@ class _Gymnasium(_Env):
         if frame is None:
             raise SystemExit(f"{self.task} draws no frames (rgb_array): use obs='state'")
         return frame
+
+
+class _MetaWorld(_Gymnasium):
+    """A Meta-World v3 task with visible goal. (TD-MPC2 used an older v2: not the same numbers.)
+
+    camera: corner4 is the corner2 that multi-task papers moved closer; repeat, length: control
+    steps per agent step, agent steps per episode (as in TD-MPC2; the benchmark's own: 1, 500)."""
+
+    def __init__(self, task, seed, obs, size, camera="corner2", repeat=2, length=100):
+        if task not in METAWORLD50:
+            raise _unknown(task)
+        try:
+            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        except ImportError as error:
+            raise SystemExit(f"{task} needs Meta-World, which cannot be imported ({error}); "
+                             "pip install metaworld==3.1.1 mujoco==3.3.0") from None
+        pixels = size if obs == "pixels" else 480
+        env = ALL_V3_ENVIRONMENTS[task[3:] + "-v3"](
+            render_mode="rgb_array", camera_name=camera, width=pixels, height=pixels)
+        # Outside its own benchmarks Meta-World must be told: show the goal (and forget the cached
+        # bounds, which would clip it to zero), draw a new one at each reset, and from the seed.
+        env._partially_observable = False
+        env.__dict__.pop("sawyer_observation_space", None)
+        env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
+        if obs == "pixels":  # shadow maps of 4096 x 4096 are half of the time
+            env.model.vis.quality.shadowsize = 1024
+        facts = Facts(39, 4, length, repeat, 0.0, False)
+        super().__init__(task, env, seed, obs, size, facts)
+
+    def _restart(self, seed):
+        if seed is not None:
+            self._env.seed(seed)
+        obs, _ = self._env.reset()
+        # One idle control step whose observation is dropped, as when TD-MPC2's published data were
+        # recorded (official code: envs/metaworld.py, reset); an episode of 500 has no room for it.
+        if self.facts.action_repeat * self.facts.episode_length < 500:
+            self._env.step(np.zeros(4, np.float32))
+        return obs
+
+    def _frame(self):
+        return self._env.render()[::-1].copy()  # the corner cameras hang upside down
 
 
 def _to_bounds(space, centre, half, act):

@@ -60,6 +60,7 @@ envs.register("own_tasks:dots", facts, make, batch=rows)
 envs.register("own_tasks:again", facts, make, batch=lambda *a: rows(*a, "SAME_STEP"))
 envs.register("own_tasks:bad-dots", facts, make,
               batch=lambda *a: rows(*a, make=lambda: Dot("nan")))
+envs.register("own_tasks:twice", facts._replace(action_repeat=2), make)
 envs.register("own_tasks:more", facts, make, batch=lambda n, *a: rows(n + 1, *a))
 envs.register("own_tasks:wide", facts._replace(obs_dim=4), make)
 '''
@@ -349,6 +350,10 @@ def test_a_registered_family_draws_is_truncated_and_has_its_own_scale():
         ends.add((env.t, *done))
     assert (9, False, True) in ends and len(ends) > 3
     assert all(t < 9 for t, terminated, _ in ends if terminated)
+    env, once = envs.make_env("own_tasks:twice"), envs.make_env(DOT)
+    env.reset(seed=1), once.reset(seed=1)
+    (obs, rew, *_), two = env.step(np.ones(1)), [once.step(np.ones(1)) for _ in range(2)]
+    assert np.array_equal(obs, two[1][0]) and rew == two[0][1] + two[1][1]
 
 
 # ---------------------------------------------------------------------------------------- roll-outs
