@@ -166,9 +166,8 @@ STORM_RETURN = {  # STORM's published mean return per game (5 seeds, one agent p
 
 
 # ------------------------------------------------------------------------------------------- maths
-# of rewards and values, uniform after symlog; two_hot_inv averages before symexp, as STORM does: 100
-# with probability 0.1 is read as 0.6
-BINS, BIN_LIMIT = 255, 20.0
+BINS, BIN_LIMIT = 255, 20.0  # of rewards and values, uniform after symlog. two_hot_inv averages
+# before symexp, which is STORM's choice: 100 with probability 0.1 is read as 0.6
 
 
 def symlog(x):
@@ -221,9 +220,7 @@ def sample_latent(logp):
 
 
 def lambda_return(rew, done, value, gamma=0.985, lam=0.95):
-    """R_t = r_t + gamma (1 - d_t) [(1 - lam) V_t+1 + lam R_t+1], R_H = V_H.
-
-    rew, done (.., H), value (.., H+1) -> (.., H)."""
+    """R_t = r_t + gamma (1 - d_t) [(1 - lam) V_t+1 + lam R_t+1], R_H = V_H; value (.., H+1)."""
     R, out = value[..., -1], []
     for t in range(rew.shape[-1] - 1, -1, -1):
         R = rew[..., t] + gamma * (1 - done[..., t]) * ((1 - lam) * value[..., t + 1] + lam * R)
@@ -407,8 +404,8 @@ class Transformer(nn.Module):
 
     def new_cache(self, rows, T, x):
         """Room for T keys and values of `rows` sequences, of the kind of tensor x."""
-        width, heads = self.blocks[0].out.weight.shape[-1], self.blocks[0].heads
-        return x.new_zeros(len(self.blocks), 2, rows, heads, T, width // heads)
+        D, heads = self.blocks[0].out.weight.shape[-1], self.blocks[0].heads
+        return x.new_zeros(len(self.blocks), 2, rows, heads, T, D // heads)
 
 
 class VAE(nn.Module):
@@ -418,9 +415,8 @@ class VAE(nn.Module):
         super().__init__()
         c = [3, stem, 2 * stem, 4 * stem, 8 * stem]
 
-        def normed(channels):
-            groups = min(8, channels)
-            return nn.BatchNorm2d(channels) if norm == "bn" else nn.GroupNorm(groups, channels)
+        def normed(n):
+            return nn.BatchNorm2d(n) if norm == "bn" else nn.GroupNorm(min(8, n), n)
 
         down, up = [], [normed(c[4]), nn.ReLU()]
         for a, b in zip(c, c[1:]):
@@ -494,9 +490,8 @@ class WorldModel(nn.Module):
         out = [None] * len(labels)
         for c in sorted(set(labels)):
             mine = [i for i, label in enumerate(labels) if label == c]
-            rows = torch.cat([x[i] for i in mine])
             embs = torch.cat([e[i].expand(x.shape[1], -1) for i in mine])
-            y = getattr(self.vaes[c], method)(rows, embs)
+            y = getattr(self.vaes[c], method)(torch.cat([x[i] for i in mine]), embs)
             for i, part in zip(mine, y.chunk(len(mine))):
                 out[i] = part
         return torch.stack(out)
@@ -547,11 +542,9 @@ class WorldModel(nn.Module):
         return unimix(self.head(self.prior_head, h, e, task).unflatten(-1, (self.latents, -1)))
 
     def new_cache(self, K, R, T, x, n=None):
-        """Empty caches of experts and shared Transformer for K tasks of R sequences of T steps; n
-        experts per task."""
-        rows = K * R
-        return (self.experts.new_cache(rows * (n or self.topk), T, x),
-                None if self.shared is None else self.shared.new_cache(rows, T, x))
+        """Caches for K tasks of R sequences of T steps: n experts per task, shared Transformer."""
+        shared = self.shared and self.shared.new_cache(K * R, T, x)
+        return self.experts.new_cache(K * R * (n or self.topk), T, x), shared
 
 
 class Actor(nn.Module):
@@ -603,19 +596,27 @@ def to_images(obs):
 
 
 def episode_mask(first, pos, reset_mask=True):
-    """Which keys queries at positions pos (L,) may see: not later, and of the same episode unless
-    reset_mask is off.  first (K, B, T) -> (K, B, L, T)."""
+    """Keys that queries at pos (L,) see: earlier, same episode; first (K, B, T) -> (K, B, L, T)."""
     part = first.long().cumsum(-1) * reset_mask
     past = pos[:, None] >= torch.arange(first.shape[-1], device=first.device)
     return past & (part[:, :, pos, None] == part[:, :, None])
 
 
+def over_ranks(x):
+    """x averaged over the processes of torchrun, if any; its gradient is that of the own x."""
+    if not dist.is_initialized():
+        return x
+    mean = x.detach().clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size() + (x - x.detach())
+
+
 def world_model_loss(wm, obs, act, rew, term, first, tau, noise, *, gate=True, reset_mask=True,
-                     task=None, average=lambda x: x):
+                     task=None):
     """STORM's loss terms and the task loss, {name: (K,)}, and what else came of it.
 
     obs uint8 (K, B, L, 64, 64, 3), act (K, B, L, A), rew, term, first (K, B, L). gate: the router
-    learns, through straight-through weights. average: over the processes that share a batch."""
+    learns, through straight-through weights."""
     K, B, L = rew.shape
     e = wm.embedding(task)
     S, J, w = wm.routing(e, tau, noise)
@@ -626,10 +627,10 @@ def world_model_loss(wm, obs, act, rew, term, first, tau, noise, *, gate=True, r
     h = wm.sequence(z, act, e, J, open_gate, episode_mask(first, pos, reset_mask), pos)
     prior = wm.prior(h, e, task)
     follows = ~first[:, :, 1:] if reset_mask else torch.ones_like(first[:, :, 1:])
-    pairs = average(follows.sum((1, 2)).float()).clamp(min=1)
+    pairs = over_ranks(follows.sum((1, 2)).float()).clamp(min=1)
 
     def mean_kl(p, q):  # over the pairs (t, t+1) of one episode
-        return average((kl(p[:, :, 1:], q[:, :, :-1]) * follows).sum((1, 2)) / pairs)
+        return over_ranks((kl(p[:, :, 1:], q[:, :, :-1]) * follows).sum((1, 2)) / pairs)
 
     dyn, rep = mean_kl(post.detach(), prior), mean_kl(post, prior.detach())
     rec = (wm.decode(z, e, task) - x).square().sum((-3, -2, -1))
@@ -642,10 +643,8 @@ def world_model_loss(wm, obs, act, rew, term, first, tau, noise, *, gate=True, r
         "dyn": dyn.clamp(min=1), "rep": rep.clamp(min=1)}
     more = {"z": z.detach(), "scores": S, "J": J, "dyn_raw": dyn.detach()}
     if wm.task_head is not None:
-        ids = torch.arange(K, device=rew.device)
-        if task is not None:
-            ids = torch.tensor(task, device=rew.device)
-        logits, ids = wm.task_head(h).float().movedim(-1, 1), ids[:, None, None]  # (K, tasks, B, L)
+        ids = torch.tensor(task or range(K), device=rew.device)[:, None, None]
+        logits = wm.task_head(h).float().movedim(-1, 1)                            # (K, tasks, B, L)
         losses["task"] = F.cross_entropy(logits, ids.expand(K, B, L), reduction="none").mean((1, 2))
         more["task_accuracy"] = (logits.argmax(1) == ids).float().mean()
     return losses, more
@@ -658,8 +657,7 @@ def total_loss(losses, task_coef=1.0, scored=True):
 
 
 def imagine_step(wm, actor, h, e, J, gate, mask, pos, cache):
-    """One imagined step after h_t-1 (K, I, 1, D): the agent's state x_t (K, I, ·), a_t, h_t, r_t
-    and d_t (K, I)."""
+    """One imagined step after h_t-1 (K, I, 1, D): state x_t (K, I, ·), a_t, h_t, r_t, d_t (K, I)."""
     z = sample_onehot(wm.prior(h, e)).flatten(-2)                                  # (K, I, 1, Z)
     x = torch.cat([z, h, e[:, None, None].expand(*h.shape[:3], -1)], -1)[:, :, 0]
     act = actor.sample(x)
@@ -670,20 +668,19 @@ def imagine_step(wm, actor, h, e, J, gate, mask, pos, cache):
 
 
 @torch.no_grad()
-def imagine(wm, actor, z, act, first, horizon, tau, *, step=imagine_step, reset_mask=True,
-            cache_dtype=None):
+def imagine(wm, actor, z, act, first, H, tau, *, step=imagine_step, reset_mask=True, dtype=None):
     """The actor's own roll-outs after real steps z (K, I, C, Z), act, first: states x
-    (K, I, H+1, ·), act (K, I, H, A), rew and done (K, I, H)."""
+    (K, I, H+1, ·), act (K, I, H, A), rew and done (K, I, H). dtype: of the cache."""
     K, I, C, _ = z.shape
     e = wm.embedding()
     _, J, w = wm.routing(e, tau)
-    gate, pos = torch.ones_like(w), torch.arange(C + horizon + 1, device=z.device)
-    later = torch.zeros(K, I, horizon + 1, dtype=torch.bool, device=z.device)
+    gate, pos = torch.ones_like(w), torch.arange(C + H + 1, device=z.device)
+    later = torch.zeros(K, I, H + 1, dtype=torch.bool, device=z.device)
     mask = episode_mask(torch.cat([first, later], -1), pos, reset_mask)            # (K, I, T, T)
-    cache = wm.new_cache(K, I, len(pos), z.to(cache_dtype or z.dtype))
+    cache = wm.new_cache(K, I, len(pos), z.to(dtype or z.dtype))
     h = wm.sequence(z, act, e, J, gate, mask[:, :, :C], pos[:C], cache)[:, :, -1:].float()
     steps = []
-    for t in range(C, C + horizon + 1):
+    for t in range(C, C + H + 1):
         here = slice(t, t + 1)
         x, a, h, rew, done = step(wm, actor, h, e, J, gate, mask[:, :, here], pos[here], cache)
         steps.append((x, a, rew, done))
@@ -710,7 +707,7 @@ def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, *,
         low, high = running(low, new[0]), running(high, new[1])
         advantage = (R - value[..., :-1]) / (high - low).clamp(min=1)[:, None, None]
     logp, ent = actor.evaluate(x[:, :, :-1].flatten(1, 2), act.flatten(1, 2))
-    logp, ent = logp.view(K, I, H), ent.view(K, I, H)
+    logp, ent = logp.view(rew.shape), ent.view(rew.shape)
     critic_loss = two_hot_loss(logits[:, :, :-1], R) + two_hot_loss(logits[:, :, :-1], R_slow)
     actor_loss = -advantage * logp - entropy * ent
     metrics = {"critic": critic_loss.mean(), "actor": actor_loss.mean(), "entropy": ent.mean(),
@@ -745,13 +742,6 @@ def act(wm, actor, obs, past_z, past_a, n, tau, *, on_prior=False):
 
 
 # ------------------------------------------------------------------------------------------- agent
-def over_ranks(x):
-    """x averaged over the processes of torchrun; its gradient is that of the own x."""
-    mean = x.detach().clone()
-    dist.all_reduce(mean)
-    return mean / dist.get_world_size() + (x - x.detach())
-
-
 def from_first(x):
     """What x is in the first process of torchrun."""
     box = [x]
@@ -782,15 +772,15 @@ def draw_seed(*numbers):
 
 
 class Agent(nn.Module):
-    """World model, actor, critics, their optimisers and running numbers.
-
-    legal: per task the actions that a game tells apart, or None where they are continuous. A study
-    varies the method by the attributes below or in a subclass."""
+    """World model, actor, critics, their optimisers and running numbers. A study varies the method
+    by the attributes below or in a subclass. legal: per task the actions of a game, None where they
+    are continuous."""
     start_tau = 5.0    # router temperature at the start
     gate = True        # the router learns from the world-model loss
     balance = 0.1      # weight of the expert balance loss
     task_coef = 1.0    # weight of the task prediction loss
     scored = True      # play has rewards and ends
+    make_world_model = WorldModel
 
     def __init__(self, args, legal, device):
         super().__init__()
@@ -801,10 +791,7 @@ class Agent(nn.Module):
         for k, x in enumerate(legal):
             mask[k, list(range(n_disc)) if x is None or args.atari["full_actions"] else x] = True
         self.args, self.device, self.K, self.A = args, device, len(legal), n_disc + n_cont
-        self.rank, self.world = 0, 1
-        if dist.is_initialized():
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.average = over_ranks if self.world > 1 else lambda x: x
+        self.rank, self.world = join_ranks(device)
         # the actor learns on h of C to C + H steps: later positions it has never seen
         self.window = min(WINDOW, args.context + args.horizon // 2)
         self.updates = 0
@@ -831,22 +818,18 @@ class Agent(nn.Module):
             torch.compile(f) if args.compile else f
             for f in (world_model_loss, imagine_step, agent_loss, act))
 
-    def make_world_model(self, **sizes):
-        return WorldModel(**sizes)
-
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def temperature(self):
-        """Of the router: falls to 1 in a quarter of the run. A tensor, so that compiled functions
-        need not be made again."""
+        """Of the router: falls to 1 in a quarter of the run. A tensor: nothing compiles again."""
         fall = self.updates / max(1, self.total // 4)
         tau = self.start_tau - (self.start_tau - 1) * fall
         return torch.tensor(max(1.0, tau), device=self.device)
 
     def sample(self, frames, tasks=None):
-        """A batch of B windows of L steps per task; each process of torchrun keeps its share. Sets
-        the noise of the update that follows, which depends on the seed and its number alone."""
+        """B windows of L steps per task; each process of torchrun keeps its share. Sets the noise
+        of the update that follows, which depends on the seed and its number alone."""
         a, self.draw = self.args, [self.args.seed, 1, self.updates]
         torch.manual_seed(draw_seed(*self.draw, self.rank))
         rng = np.random.default_rng(self.draw)
@@ -854,15 +837,13 @@ class Agent(nn.Module):
         return [x[:, self.rank::self.world] for x in batch]
 
     def model_loss(self, batch, tasks=None):
-        """What the world model descends, for all tasks or those of a list -> loss, latents z of the
-        batch, per-task metrics."""
+        """Of the world model on all tasks, or a list of them -> loss, latents z, metrics (K,)."""
         tau, at = self.temperature(), slice(None) if tasks is None else tasks
         self.wm.train()
         with self.autocast():
-            losses, more = self.world_loss(
-                self.wm, *batch, tau, (tau - 1) / 4, gate=self.gate, reset_mask=self.reset_mask,
-                task=tasks, average=self.average)
-        losses = dict(zip(losses, self.average(torch.stack([*losses.values()]))))
+            losses, more = self.world_loss(self.wm, *batch, tau, (tau - 1) / 4, gate=self.gate,
+                                           reset_mask=self.reset_mask, task=tasks)
+        losses = dict(zip(losses, over_ranks(torch.stack([*losses.values()]))))
         per_task = total_loss(losses, self.task_coef, self.scored)
         self.mean_loss[at] = mean = running(self.mean_loss[at], per_task.detach())
         loss = self.weigh(per_task, mean).sum()
@@ -891,16 +872,16 @@ class Agent(nn.Module):
         with self.autocast():
             return imagine(self.wm, self.actor, z, act, first, self.args.horizon,
                            self.temperature(), step=self.imagine_step, reset_mask=self.reset_mask,
-                           cache_dtype=torch.bfloat16 if self.args.bf16 else None)
+                           dtype=torch.bfloat16 if self.args.bf16 else None)
 
     def policy_loss(self, dream, **more):
-        """What actor and critics descend -> loss, metrics. Updates the running percentiles."""
+        """Of actor and critics -> loss, metrics. Updates the running percentiles."""
         a = self.args
         with self.autocast():
             loss, low, high, metrics = self.agent_loss(
                 self.actor, self.critic, self.slow, self.wm.cluster_of, *dream, self.low, self.high,
                 gamma=a.gamma, lam=a.lam, entropy=a.entropy, **more)
-        self.low, self.high = self.average(torch.stack([low, high]))  # of parts, averaged
+        self.low, self.high = over_ranks(torch.stack([low, high]))  # of parts, averaged
         return loss, metrics
 
     def follow(self):
@@ -960,8 +941,7 @@ class Agent(nn.Module):
 
 def task_gradients(agent, frames, batches=32, reduce=sketch):
     """Gradients of every task's loss by the convolutions and linear layers of VAE and heads of
-    module 0, averaged over batches, every layer's reduced to a sketch: (K, layers, SKETCH). Without
-    dropout, with the same noise for all tasks."""
+    module 0, means over batches with the same noise for all: sketches (K, layers, SKETCH)."""
     wm, a = agent.wm.eval(), agent.args
     weights = [p for p in wm.vaes[0].parameters() if p.ndim > 1]
     of_vae, out = len(weights), []
@@ -1149,8 +1129,8 @@ def evaluate(agent, tasks, options, episodes, seed, choose, film=None):
 
 
 def evaluate_all(agent, tasks, options, episodes, seed, film=None):
-    """Episodes of the agent, of a blind one that draws from the agent's own actions whatever it
-    sees, and of random play -> {"agent", "blind", "random": per task [(return, success)]}."""
+    """{"agent", "blind", "random": per task [(return, success)]}; blind: one that draws from the
+    agent's own actions, whatever it sees."""
     rng = np.random.default_rng([seed, 9])
 
     def blindly(obs, memory, seed):
@@ -1227,22 +1207,21 @@ def report(tasks, labels, played, run):
     """The table at the end, also as results.csv -> what of it goes to results.json."""
     rows = []
     for k, task in enumerate(tasks):
-        mean = {who: float(np.mean([ret for ret, _ in x[k]])) for who, x in played.items()}
-        returns, storm = [ret for ret, _ in played["agent"][k]], STORM_RETURN.get(task)
-        n, human = len(returns), ATARI_SCORES.get(task, (None, None))[1]
+        ret = {who: np.array(x[k])[:, 0] for who, x in played.items()}
+        n, storm = len(ret["agent"]), STORM_RETURN.get(task)
         rows.append({
-            "task": task, "cluster": labels[k] + 1, "return": mean["agent"],
-            "sem": float(np.std(returns, ddof=1) / math.sqrt(n)) if n > 1 else None,
-            "blind": mean["blind"], "random": mean["random"], "human": human,
+            "task": task, "cluster": labels[k] + 1, "return": float(ret["agent"].mean()),
+            "sem": float(ret["agent"].std(ddof=1) / math.sqrt(n)) if n > 1 else None,
+            "blind": float(ret["blind"].mean()), "random": float(ret["random"].mean()),
+            "human": ATARI_SCORES.get(task, (None, None))[1],
             "score": float(np.mean([score(task, *episode) for episode in played["agent"][k]])),
             "storm": storm, "storm_score": None if storm is None else score(task, storm, 0),
             "episodes": n})
     write_csv(run.dir / "results.csv", rows)
-    print(f"\n{'task':22}" + "".join(f"{name:>12}" for name in list(rows[0])[1:]))
+    print("\n" + "".join(f"{name:>12}" for name in rows[0]))
     for row in rows:
-        words = ["-" if x is None else f"{x:,.3f}".rstrip("0").rstrip(".")
-                 for x in list(row.values())[1:]]
-        print(f"{row['task']:22}" + "".join(f"{x:>12}" for x in words))
+        print("".join(f"{'-' if x is None else x if isinstance(x, str | int) else f'{x:,.2f}':>12}"
+                      for x in row.values()))
     scores = [row["score"] for row in rows]
     mean, median = float(np.mean(scores)), float(np.median(scores))
     print(f"""mean score {mean:.3f}, median {median:.3f}; 1 training seed
@@ -1387,34 +1366,29 @@ def main(args: Args, make_agent=Agent):
 
 MOVED = {  # old words: new ones
     "--preset smoke": "--preset cpu", "--preset mid": "--preset gpu",
-    "--preset full": "--preset paper",
+    "--preset full": "--preset paper", "--sticky": "--atari sticky 0.25",
+    "--life-loss": "--atari life_loss 1", "--no-life-loss": "--atari life_loss 0",
+    "--noop": "--atari noop 30", "--frame-cap": "--atari frame_cap 108000",
+    "--action-space": "--atari full_actions 1", "--experiment cost": "python -m studies.mow_cost",
     "--cluster-only": "python -m studies.mow_clusters",
-    "--experiment clusters": "python -m studies.mow_variants --question clusters",
-    "--experiment experts": "python -m studies.mow_variants --question experts",
-    "--experiment monolith": "python -m studies.mow_variants --question monolith",
-    "--experiment transfer": "python -m studies.mow_transfer",
-    "--experiment pretrain": "python -m studies.mow_pretrain",
-    "--experiment tokens": "python -m studies.mow_tokens",
-    "--experiment fidelity": "python -m studies.mow_fidelity",
-    "--experiment cost": "python -m studies.mow_cost",
+    "--grad-reduce": "python -m studies.mow_clusters --reduce mean",
+    "--reward-free": "python -m studies.mow_pretrain",
     "--seeds": "--seed 1, --seed 2, .. one after the other; studies have --seeds",
-    "--sticky": "--atari sticky 0.25", "--life-loss": "--atari life_loss 1",
-    "--no-life-loss": "--atari life_loss 0", "--noop": "--atari noop 30",
-    "--frame-cap": "--atari frame_cap 108000", "--action-space": "--atari full_actions 1",
     "--mix-actions": "the tasks alone; both kinds of actions may be mixed",
     "--norm": "nothing; BatchNorm is for one task, GroupNorm for more",
-    "--reset-mask": "nothing; it is on, except with --storm",
-    **{f"--{flag}": f"--sizes {flag.replace('-', '_')} {SIZES['cpu'][flag.replace('-', '_')]}"
-       for flag in ("stem", "latents", "classes", "width", "heads", "expert-layers",
-                    "shared-layers", "hidden", "emb")},
-    **dict.fromkeys(("--routing", "--segment", "--switch-coef", "--prior-coef"),
-                    "python -m studies.mow_tokens"),
-    **dict.fromkeys(("--gate", "--harmony", "--balance", "--task-coef", "--tau",
-                     "--no-reset-mask"), "python -m studies.mow_variants --question experts"),
-    **dict.fromkeys(("--act-on-prior", "--fresh-contexts", "--lambda-compat"),
-                    "python -m studies.mow_storm_code"),
-    "--grad-reduce": "python -m studies.mow_clusters --reduce mean",
-    "--reward-free": "python -m studies.mow_pretrain"}
+    "--reset-mask": "nothing; it is on, except with --storm"}
+for _x in ("transfer", "pretrain", "tokens", "fidelity"):
+    MOVED[f"--experiment {_x}"] = f"python -m studies.mow_{_x}"
+for _x in ("clusters", "experts", "monolith"):
+    MOVED[f"--experiment {_x}"] = f"python -m studies.mow_variants --question {_x}"
+for _x in ("routing", "segment", "switch-coef", "prior-coef"):
+    MOVED[f"--{_x}"] = "python -m studies.mow_tokens"
+for _x in ("gate", "harmony", "balance", "task-coef", "tau", "no-reset-mask"):
+    MOVED[f"--{_x}"] = "python -m studies.mow_variants --question experts"
+for _x in ("act-on-prior", "fresh-contexts", "lambda-compat"):
+    MOVED[f"--{_x}"] = "python -m studies.mow_storm_code"
+for _x, _n in SIZES["cpu"].items():
+    MOVED[f"--{_x.replace('_', '-')}"] = f"--sizes {_x} {_n}"
 
 
 if __name__ == "__main__":
