@@ -305,7 +305,7 @@ def test_atari_frames_are_averages_over_areas_and_maxima_of_two_frames():
 # ------------------------------------------------------------------------------------- side by side
 @pytest.mark.parametrize("task", ["InvertedPendulum-v5", "hopper-hop", DOT, "own_tasks:dots"])
 def test_rows_equal_single_environments_and_go_on_from_their_actions(task):
-    facts, seeds = envs.task_facts(task), dict.fromkeys(range(3), 0)
+    facts = envs.task_facts(task)
     acts = np.random.default_rng(0).uniform(-1, 1, (40, 3, facts.act_dim))
     with envs.beside(task, 3, 4, 1) as rows, envs.beside(task, 3, 5, 1) as other:
         out = [rows.reset()]
@@ -319,9 +319,9 @@ def test_rows_equal_single_environments_and_go_on_from_their_actions(task):
         np.testing.assert_array_equal(other.load_state_dict(state), out[20][0])
         for act, want in zip(acts[20:], out[21:]):
             same_steps(other.step(act), want)
-        with pytest.raises(SystemExit, match=r"\(2, .*expected finite \(3, "):
+        with says("(2, ", "expected finite (3, "):
             rows.step(acts[0, :2])
-    for i in seeds:  # every row alone
+    for i in range(3):  # every row alone
         env, want, k = envs.make_env(task), None, 0
         for t, act in enumerate(acts):
             if t == 0 or want[2] or want[3]:
@@ -417,12 +417,9 @@ def test_killed_worker_is_replaced_and_its_episodes_redone(want, capsys):
 
 def test_third_death_stops():
     with envs.Workers(1) as workers:
-        def killer(obs, job, t):
-            os.kill(workers.procs[0][0].pid, signal.SIGKILL)
-            return idle(obs, job, t)
-
-        with pytest.raises(SystemExit, match="while playing Pendulum-v1.*third death.*max_envs"):
-            workers.rollout([("Pendulum-v1", 0)], killer)
+        with says("while playing Pendulum-v1", "third death", "max_envs"):
+            workers.rollout([("Pendulum-v1", 0)], lambda *x: (
+                os.kill(workers.procs[0][0].pid, signal.SIGKILL), idle(*x))[1])
         assert len(workers.rollout([("Pendulum-v1", 0)], idle)) == 1  # still usable
 
 
