@@ -198,8 +198,11 @@ class Walker(gymnasium.Env):
         return self._renderer.render()
 
     def close(self):
-        """Free the simulation."""
+        """Free the simulation and the renderer."""
         self.body.close()
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
 
 
 class Herd:
