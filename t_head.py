@@ -1,15 +1,19 @@
 """All tests: `python -m pytest -q -n 2 test_all.py`, in two processes of one thread each. They need no data, no GPU and
 no network; some draw (EGL or OSMesa)."""
+import ast
 import contextlib
 import copy
 import dataclasses
 import errno
 import functools
+import importlib
+import importlib.metadata
 import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
