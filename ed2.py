@@ -688,8 +688,9 @@ def train(run, model, sampler, args, seed, encoder=None):
     joint_loss, prior_loss, latent_loss, recurrent_loss = losses
 
     for step in run.steps("update", args.updates):
+        rate = linear_fall(step, args.updates, args.lr)
         for group in opt.param_groups:
-            group["lr"] = linear_fall(step, args.updates, args.lr) * group["scale"]
+            group["lr"] = rate * group["scale"]
         # sample
         obs, act, rew, *_ = sampler.sequences(args.batch, generator)
         # loss

@@ -225,6 +225,7 @@ def plot(cells, path):
 
 def main(args, cases=HELD_OUT, shots=(2, 8, 32), size=None):
     """All arms on the held-out tasks; returns what results.json holds."""
+    args = data.resumed(args)
     if args.fast:
         args = replace(args, task="walker-walk", seeds=1, pretrain=20, updates=20, data_steps=4000)
         shots = (1, 2)

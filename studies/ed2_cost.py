@@ -133,7 +133,7 @@ def milliseconds(functions, repeats, device):
 
 def main(args):
     """Time all variants; returns what results.json holds."""
-    if args.fast:
+    if args.fast and not args.resume:
         args = replace(args, repeats=1)
     args, run = common.open_run("ed2_cost", args)
     rows = []

@@ -156,6 +156,7 @@ def groups_of(tasks):
 
 def main(args):
     """Both tables; returns what results.json holds."""
+    args = data.resumed(args)
     if args.fast and args.task == TASKS:
         args = replace(args, task="cheetah-run", seeds=1)
     groups = groups_of(args.task.split(","))
