@@ -192,7 +192,7 @@ def two_hot_loss(logits, x):
 
 def two_hot_inv(logits, pseudo=False):
     """logits (.., BINS) -> scalar (..). `pseudo` leaves out the symexp: a value in log space."""
-    bins = torch.linspace(-BIN_LIMIT, BIN_LIMIT, BINS, device=logits.device)
+    bins = torch.linspace(-BIN_LIMIT, BIN_LIMIT, BINS, device=logits.device).expand_as(logits)
     y = (logits.softmax(-1) * bins).sum(-1)  # not a matmul: autocast would round the bins
     return y if pseudo else symexp(y)
 
@@ -203,7 +203,7 @@ def unimix(logits):
 
 
 def kl(p, q):
-    """KL(p || q) in nats of log-probabilities, summed over groups: (.., groups, classes) -> (..)"""
+    """KL(p || q) in nats, summed over groups: (.., groups, classes) log-probabilities -> (..)."""
     return (p.exp() * (p - q)).sum((-2, -1))
 
 
@@ -213,7 +213,7 @@ def sample_onehot(logp):
     return F.one_hot((logp + gumbel).argmax(-1), logp.shape[-1]).to(logp.dtype)
 
 
-def sample_latent(logp):
+def draw_latent(logp):
     """Draw z (.., Z) from logp (.., groups, classes); its gradient is that of the probabilities."""
     p = logp.exp()
     return (sample_onehot(logp.detach()) + p - p.detach()).flatten(-2)
@@ -551,7 +551,7 @@ class Actor(nn.Module):
     """One policy for all tasks: x (K, R, Z+D+E) -> log-probabilities (K, R, discrete), mean and std
     (K, R, continuous).
 
-    legal (K, discrete) masks what a game does not have; continuous (K,): the kind of its actions."""
+    legal (K, discrete) masks what a game does not have; continuous (K,): kind of its actions."""
 
     def __init__(self, i, hidden, legal, continuous, n_cont):
         super().__init__()
@@ -623,7 +623,7 @@ def world_model_loss(wm, obs, act, rew, term, first, tau, noise, *, gate=True, r
     open_gate = w + (1 - w).detach() if gate else torch.ones_like(w)
     x, pos = to_images(obs), torch.arange(L, device=rew.device)
     post = wm.posterior(x, e, task)                                   # (K, B, L, groups, classes)
-    z = sample_latent(post)
+    z = draw_latent(post)
     h = wm.sequence(z, act, e, J, open_gate, episode_mask(first, pos, reset_mask), pos)
     prior = wm.prior(h, e, task)
     follows = ~first[:, :, 1:] if reset_mask else torch.ones_like(first[:, :, 1:])
@@ -644,7 +644,7 @@ def world_model_loss(wm, obs, act, rew, term, first, tau, noise, *, gate=True, r
     more = {"z": z.detach(), "scores": S, "J": J, "dyn_raw": dyn.detach()}
     if wm.task_head is not None:
         ids = torch.tensor(task or range(K), device=rew.device)[:, None, None]
-        logits = wm.task_head(h).float().movedim(-1, 1)                            # (K, tasks, B, L)
+        logits = wm.task_head(h).float().movedim(-1, 1)                           # (K, tasks, B, L)
         losses["task"] = F.cross_entropy(logits, ids.expand(K, B, L), reduction="none").mean((1, 2))
         more["task_accuracy"] = (logits.argmax(1) == ids).float().mean()
     return losses, more
@@ -657,7 +657,7 @@ def total_loss(losses, task_coef=1.0, scored=True):
 
 
 def imagine_step(wm, actor, h, e, J, gate, mask, pos, cache):
-    """One imagined step after h_t-1 (K, I, 1, D): state x_t (K, I, ·), a_t, h_t, r_t, d_t (K, I)."""
+    """One imagined step after h_t-1 (K, I, 1, D): x_t (K, I, ·), a_t, h_t, r_t, d_t (K, I)."""
     z = sample_onehot(wm.prior(h, e)).flatten(-2)                                  # (K, I, 1, Z)
     x = torch.cat([z, h, e[:, None, None].expand(*h.shape[:3], -1)], -1)[:, :, 0]
     act = actor.sample(x)
@@ -750,8 +750,8 @@ def from_first(x):
     return box[0]
 
 
-def descend(opt, loss, clip):
-    """One step of Adam on the gradient, the mean over processes, cut to norm `clip` -> its norm."""
+def descend(loss, opt, max_norm):
+    """One step of opt down the loss, its gradient the mean over processes, clipped -> its norm."""
     params = [p for group in opt.param_groups for p in group["params"]]
     opt.zero_grad(set_to_none=True)
     loss.backward()
@@ -760,7 +760,7 @@ def descend(opt, loss, clip):
         means = over_ranks(torch.cat([g.flatten() for g in grads]))
         means = means.split([g.numel() for g in grads])
         torch._foreach_copy_(grads, [mean.view_as(g) for mean, g in zip(means, grads)])
-    norm = nn.utils.clip_grad_norm_(params, clip)
+    norm = nn.utils.clip_grad_norm_(params, max_norm)
     opt.step()
     return norm
 
@@ -1052,7 +1052,7 @@ def store(frames, row):
 
 # ------------------------------------------------------------------------------------------ method
 def note(run, agent, metrics):
-    """Hand the means over tasks to the log; keep those of each task for the curves, now and then."""
+    """Hand the means over tasks to the log; now and then keep those of each for the curves."""
     run.note({k: x.float().mean() for k, x in metrics.items() if k not in ("scores", "J")})
     if agent.updates in (1, 10) or agent.updates % 50 == 0:
         row = {k: metrics[k].tolist() for k in ("rec", "dyn_raw", "rew")}
@@ -1077,7 +1077,7 @@ def train(args, run, agent, stage, frames):
     for _ in run.steps("warmup", 0 if args.checkpoint else args.warmup):
         batch = agent.sample(frames)
         loss, _, metrics = agent.model_loss(batch)
-        metrics["grad_norm"] = descend(agent.opt, loss, 1000.0)
+        metrics["grad_norm"] = descend(loss, agent.opt, 1000.0)
         agent.updates += 1
         note(run, agent, metrics)
 
@@ -1091,12 +1091,12 @@ def train(args, run, agent, stage, frames):
         if sweep % args.train_every == 0:  # the environments step while the networks learn
             batch = agent.sample(frames)
             loss, z, metrics = agent.model_loss(batch)
-            metrics["grad_norm"] = descend(agent.opt, loss, 1000.0)
+            metrics["grad_norm"] = descend(loss, agent.opt, 1000.0)
             agent.updates += 1
 
             dream = agent.imagine(z, batch)
             loss, more = agent.policy_loss(dream)
-            more["agent_grad_norm"] = descend(agent.agent_opt, loss, 100.0)
+            more["agent_grad_norm"] = descend(loss, agent.agent_opt, 100.0)
             agent.follow()
             note(run, agent, metrics | more)
         store(frames, stage.receive())
@@ -1143,13 +1143,13 @@ def evaluate_all(agent, tasks, options, episodes, seed, film=None):
 
 
 @torch.no_grad()
-def open_loop(agent, batch, C):
+def open_loop_images(agent, batch, C):
     """Real, reconstructed and imagined images (K, B, L, 3, 64, 64) for real actions, of which only
     the first C images are seen by the imagination."""
     obs, acts, _, _, first = batch
     wm, x, L = agent.wm.eval(), to_images(obs), obs.shape[2]
     e, later = wm.embedding(), iter(acts[:, :, C:].unbind(2))
-    z, recorded = sample_latent(wm.posterior(x, e)), SimpleNamespace(sample=lambda _: next(later))
+    z, recorded = draw_latent(wm.posterior(x, e)), SimpleNamespace(sample=lambda _: next(later))
     states, *_ = imagine(wm, recorded, z[:, :, :C], acts[:, :, :C], first[:, :, :C], L - C - 1,
                          agent.temperature())
     dream = torch.cat([z[:, :, :C], states[..., :agent.Z]], 2)
@@ -1165,7 +1165,7 @@ def plots(agent, frames, finished, history, tasks, folder, columns=12):
     a, K = agent.args, agent.K
     torch.manual_seed(draw_seed(a.seed, 8))
     batch = frames.sample(1, a.length, np.random.default_rng([a.seed, 8]), agent.device)
-    images = torch.stack(open_loop(agent, batch, a.context))[:, :, 0].float().cpu()
+    images = torch.stack(open_loop_images(agent, batch, a.context))[:, :, 0].float().cpu()
     at = np.unique(np.linspace(0, a.length - 1, columns).round().astype(int))
     size = 0.85 * len(at) + 1.2, 2.75 * K
     fig, axes = plt.subplots(K, figsize=size, layout="constrained", squeeze=False)
@@ -1270,9 +1270,9 @@ def settle(args, tasks, device):
     atari = {**ATARI, "frame_cap": 1200} if args.fast else ATARI
     for name, known in (("sizes", sizes), ("atari", atari)):
         if strange := sorted(set(getattr(args, name)) - set(known)):
-            raise SystemExit(f"--{name} {strange[0]}: expected some of {', '.join(known)}, each with "
-                             "its number behind")
-    return replace(args, preset=preset, sizes={**sizes, **args.sizes}, atari={**atari, **args.atari},
+            raise SystemExit(f"--{name} {strange[0]}: expected some of {', '.join(known)}, each "
+                             "with its number behind")
+    return replace(args, preset=preset, sizes=sizes | args.sizes, atari=atari | args.atari,
                    **{k: v for k, v in values.items() if getattr(args, k) is None})
 
 
@@ -1292,7 +1292,7 @@ def check(args, K, world):
             (not args.context < args.length <= args.random_steps <= args.steps,
              f"expected --context {args.context} < --length {args.length} <= --random-steps "
              f"{args.random_steps} <= --steps {args.steps}: windows are drawn from random steps"),
-            (longest > args.length, f"--context {args.context} + --horizon {args.horizon} steps are "
+            (longest > args.length, f"--context {args.context} + --horizon {args.horizon} are "
              f"more than --length {args.length}: imagination would reach positions that the world "
              f"model never learned; type --length {longest} or more"),
             (args.eval_only and not args.checkpoint, "--eval-only plays a trained agent: add "
@@ -1323,11 +1323,28 @@ def load_checkpoint(agent, file):
                          "expected runs/<a run of mow.py with these tasks and sizes>/checkpoint.pt")
 
 
+def open_frames(run, *size):
+    """The replay on disk that all processes of torchrun share; the first makes it."""
+    if run.rank:
+        from_first(None)
+    frames = Frames(run.dir / "frames", *size)
+    if not run.rank:
+        from_first(None)
+    return frames
+
+
+def write_film(path, frames):
+    """Frames (n, 64, 64, 3), four times as large, as mp4."""
+    import imageio
+    large = np.stack(frames).repeat(4, 1).repeat(4, 2)
+    imageio.mimwrite(path, large, fps=15, macro_block_size=1)
+
+
 def main(args: Args, make_agent=Agent):
     """Run everything and return what results.json holds (None on the other ranks of torchrun).
 
     make_agent: a subclass of Agent, for a study."""
-    args = resumed(args)
+    args = resumed(args) if args.resume else args
     device, why = choose_device(args.device)
     tasks = task_list(args.task)
     args = settle(args, tasks, device)
@@ -1336,18 +1353,14 @@ def main(args: Args, make_agent=Agent):
     options, run, extra = task_options(args, tasks), Run("mow", args), {}
     with Fleet(tasks, options) if rank == 0 else contextlib.nullcontext() as fleet:
         agent = make_agent(args, from_first(fleet and fleet.legal), device)
-        counts = {name: sum(p.numel() for p in m.parameters()) for name, m in agent.named_children()}
-        run.say(f"{'STORM' if args.storm else 'MoW'}, {why} x {run.world}, parameters {counts}, run "
-                f"folder {run.dir}\n{args}")
+        counts = {k: sum(p.numel() for p in m.parameters()) for k, m in agent.named_children()}
+        run.say(f"{'STORM' if args.storm else 'MoW'}, {why} x {run.world}, parameters {counts}, "
+                f"run folder {run.dir}\n{args}")
         if args.checkpoint:
             load_checkpoint(agent, args.checkpoint)
         if not args.eval_only:
             stage = Stage(agent, fleet, 1, lambda k, r, n: draw_seed(args.seed, 3, k, n))
-            if rank:
-                from_first(None)  # waits until the files are there
-            frames = Frames(run.dir / "frames", agent.K, args.steps, agent.A)
-            if rank == 0:
-                from_first(None)
+            frames = open_frames(run, agent.K, args.steps, agent.A)
             found = train(args, run, agent, stage, frames)
             extra = {"clusters": found, "history": run.history, "finished": stage.finished}
     if rank:
@@ -1358,9 +1371,7 @@ def main(args: Args, make_agent=Agent):
     films = [[] for _ in tasks] if args.capture_video else None
     played = evaluate_all(agent, tasks, options, args.eval_episodes, args.seed, films)
     for task, images in zip(tasks, films or ()):
-        import imageio
-        large = np.stack(images).repeat(4, 1).repeat(4, 2)
-        imageio.mimwrite(run.dir / f"{task}.mp4", large, fps=15, macro_block_size=1)
+        write_film(run.dir / f"{task}.mp4", images)
     return run.finish({**report(tasks, agent.wm.labels, played, run), **extra})
 
 

@@ -104,9 +104,9 @@ def update(agent, frames):
     """One update of everything."""
     batch = agent.sample(frames)
     loss, z, _ = agent.model_loss(batch)
-    mow.descend(agent.opt, loss, 1000.0)
+    mow.descend(loss, agent.opt, 1000.0)
     loss, _ = agent.policy_loss(agent.imagine(z, batch))
-    mow.descend(agent.agent_opt, loss, 100.0)
+    mow.descend(loss, agent.agent_opt, 100.0)
     agent.follow()
     agent.updates += 1
 

@@ -129,11 +129,11 @@ def learn(agent, frames, until, tasks=None, act=False, rows=None):
     while agent.updates < until:
         batch = agent.sample(frames, tasks)
         loss, z, _ = agent.model_loss(batch, tasks)
-        mow.descend(agent.opt, loss, 1000.0)
+        mow.descend(loss, agent.opt, 1000.0)
         agent.updates += 1
         if act:
             loss, _ = agent.policy_loss(agent.imagine(z, batch))
-            mow.descend(agent.agent_opt, loss, 100.0)
+            mow.descend(loss, agent.agent_opt, 100.0)
             agent.follow()
     frames.count = n
 
@@ -194,7 +194,7 @@ def fidelity(agent, frames, since=0, batches=8):
         torch.manual_seed(mow.draw_seed(a.seed, 7, i))
         rng = np.random.default_rng([a.seed, 7, i])
         batch = frames.sample(a.batch, a.length, rng, agent.device, since=since)
-        real, rebuilt, dreamt = mow.open_loop(agent, batch, a.context)
+        real, rebuilt, dreamt = mow.open_loop_images(agent, batch, a.context)
         losses, more = mow.world_model_loss(agent.wm, *batch, agent.temperature(), 0.0,
                                             gate=agent.gate, reset_mask=agent.reset_mask)
         dream = psnr(real, dreamt)[:, :, a.context:]

@@ -45,7 +45,7 @@ def gradient_noise(agent, frames, since, parts=8, rollouts=1024):
     rng = np.random.default_rng([a.seed, 10])
     obs, acts, _, _, first = frames.sample(rollouts, a.context, rng, agent.device, since=since)
     with torch.no_grad():
-        z = mow.sample_latent(wm.posterior(mow.to_images(obs), wm.embedding()))
+        z = mow.draw_latent(wm.posterior(mow.to_images(obs), wm.embedding()))
     dream = agent.imagine_from(z, acts, first)
     for k in range(agent.K):
         one, actor = slice(k, k + 1), copy.deepcopy(agent.actor)

@@ -54,7 +54,7 @@ class Fresh(mow.Agent):
         obs, act, _, _, first = self.contexts
         with torch.no_grad(), self.autocast():
             post = self.wm.eval().posterior(mow.to_images(obs), self.wm.embedding())
-            return self.imagine_from(mow.sample_latent(post), act, first)
+            return self.imagine_from(mow.draw_latent(post), act, first)
 
 
 class Prior(mow.Agent):

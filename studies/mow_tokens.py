@@ -126,7 +126,7 @@ def measured_switches(agent, frames, test, batches):
         rng = np.random.default_rng([a.seed, 7, i])
         obs, acts, *_ = frames.sample(a.batch, a.length, rng, agent.device, since=test)
         post = agent.wm.eval().posterior(mow.to_images(obs), agent.wm.embedding())
-        out.append(switch_rate(agent.wm.routed(mow.sample_latent(post), acts)))
+        out.append(switch_rate(agent.wm.routed(mow.draw_latent(post), acts)))
     return torch.stack(out).mean(0).tolist()
 
 

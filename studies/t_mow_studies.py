@@ -90,7 +90,7 @@ def test_counts_of_parameters_and_products():
     assert mow_cost.products(full, 18)["dynamics"] == pytest.approx(16.6e6, rel=0.1)
 
 
-# ---------------------------------------------------------------------------- variants of the method
+# ------------------------------------------------------------------------- variants of the method
 def token_agent(K=2, segment=1, **more):
     kind = type("Variant", (mow_tokens.TokenAgent,), dict(segment=segment, start_tau=1.0))
     return mow_agent(K, kind, experts=3, topk=1, **more)
@@ -108,7 +108,7 @@ def test_experts_per_token():
     e, pos = wm.embedding(), torch.arange(8)
     _, J, w = wm.routing(e)
     assert J.tolist() == [[0, 1, 2]] * 2 and w.eq(1).all()
-    z = mow.sample_latent(wm.posterior(mow.to_images(obs), e)).detach()
+    z = mow.draw_latent(wm.posterior(mow.to_images(obs), e)).detach()
     mask = mow.episode_mask(first, pos)
     h = wm.sequence(z, act, e, J, w, mask, pos)
     h.square().sum().backward()
