@@ -602,15 +602,13 @@ def train(run, args, agent, episodes, workers):
     run.expects(play=sum(played), model=sum(model_steps), policy=sum(policy_steps))
     for r in run.rounds(args.rounds):
         for _ in run.once("play", played[r]):
-            if not args.data_dir and run.rank == 0:
-                roll_out(run, args, agent, episodes, workers, r, played[r])
-            wait_for_all(run)
+            roll_out(run, args, agent, episodes, workers, r, played[r])
             if model_steps[r]:
                 wm.set_scales(episodes, agent.tasks[0])
         sampler = agent.sampler(episodes, args.wm_horizon)
 
         wm.requires_grad_(True)
-        calm = 1 - r / args.rounds if args.ends else 1.0  # deviation 8
+        calm = 1 - args.ends * r / args.rounds  # deviation 8
         for step in run.steps("model", model_steps[r], shared=True):
             set_rates(opt["model"], args.wm_lr, calm * late_fall(step / model_steps[r]))
             batch = agent.share(sampler.sequences(args.wm_batch, agent.rng["model"]), run)
@@ -619,8 +617,7 @@ def train(run, args, agent, episodes, workers):
             agent.after_model_step(z, batch, metrics)
             run.note(metrics, loss=loss.detach(), grad_norm=norm)
         for _ in run.once("check", 0):
-            if model_steps[r] and run.rank == 0:
-                check_model(run, args, agent, episodes, r)
+            check_model(run, args, agent, episodes, r, model_steps[r])
 
         wm.requires_grad_(False)  # frozen: extraction computes no gradients of its weights
         task = agent.rows.repeat_interleave(B)  # (N B,)
@@ -646,13 +643,19 @@ def train(run, args, agent, episodes, workers):
             run.note(actor_loss=loss.detach() / N, critic_loss=error.detach() / N,
                      imagined_return=J.detach().mean(1).mean(), actor_grad_norm=actor_norm.mean(),
                      critic_grad_norm=norm.mean(), sigma=actors.log_std.detach().exp().mean())
-            if args.eval_every and 0 in ((step + 1) % args.eval_every, policy_steps[r] - step - 1):
+            if is_due(step + 1, policy_steps[r], args.eval_every):
                 evaluate_now(run, agent, workers, updates + 1)
 
 
 def set_rates(opt, lr, fall=1.0):
+    """Learning rate lr times fall, and times the share that a group of parameters may have."""
     for group in opt.param_groups:
         group["lr"] = group.get("share", 1.0) * lr * fall
+
+
+def is_due(done, n, every):
+    """Whether `done` of n steps is a multiple of `every` or the end; every = 0: never."""
+    return bool(every) and 0 in (done % every, n - done)
 
 
 def by_task(x):
@@ -671,6 +674,7 @@ class Agent:
 
     activation = None  # of a model that is trained here: simnorm, or residual for a task that ends
     shares = property(lambda self: SHARES)
+    Beside = property(lambda self: Beside)
 
     def __init__(self, args, tasks, device, world=1):
         self.args, self.tasks, self.device = args, tasks, device
@@ -682,7 +686,7 @@ class Agent:
         self.rows = task_rows(wm, tasks, self.facts, args.checkpoint)  # (N,) rows of its table
         nets = dict(wm=wm, **self.networks(), stats=RunningStats(len(tasks)))
         self.actors, self.critics, self.stats = (nets[k] for k in ("actors", "critics", "stats"))
-        if args.ends:  # such policies come and go: what acted in the best round is kept
+        if args.ends:  # see keep_best
             nets["best"] = copy.deepcopy(nn.ModuleDict(dict(wm=wm, actors=self.actors)))
         self.nets = nn.ModuleDict(nets).to(device)
         self.rows, self.best = self.rows.to(device), nets.get("best")
@@ -740,9 +744,6 @@ class Agent:
         if self.beside:
             return self.beside.roll(self, noise)
         return sampler.starts(self.args.policy_batch, self.rng["policy"]), None
-
-    def environments(self, episodes):
-        return Beside(self.args, self.tasks[0], self.facts[0], episodes)
 
     def policy(self, obs, task, eps=None, best=False):
         """What roll-outs call: numpy obs (n, o), task (n,), noise (n, A) or None -> (n, A)."""
@@ -825,33 +826,42 @@ HOLDS = 1, 2, 4, 8, 16, 32  # agent steps for which random actions are held: slo
 
 def roll_out(run, args, agent, episodes, workers, r, n):
     """The play stage: n episodes per task into the data, their mean returns into the log."""
-    def note(done, total):
-        run.say(f"round {r}: rolling out: {done:,}/{total:,} agent steps", force=False)
-    played, returns = collect(workers, agent.tasks, n, r, args, agent.policy, note), {}
-    for t in agent.tasks:
-        mine = [e for e in played if e["task"] == t]
-        parts = [x for e in mine for x in pieces(e, PIECE if args.ends else len(e["rew"]))]
-        episodes.append(t, *zip(*parts))
-        undisturbed = mine[::2] if args.ends and r else mine
-        returns[t] = float(np.mean([e["ret"] for e in undisturbed]))
-    mean, steps = float(np.mean(list(returns.values()))), [len(e["rew"]) for e in played]
-    entry = {"round": r, "seconds": run.seconds, "return": returns}
-    if args.ends:
-        entry |= {"steps": sum(steps), "length": float(np.mean(steps)),
-                  "window_steps": agent.beside.steps}  # in all so far
-        if r and mean > agent.where["best"]:
-            agent.where["best"] = mean
-            for name, net in agent.best.items():
-                net.load_state_dict(agent.nets[name].state_dict())
-        if np.mean(steps) < args.horizon:
-            run.say(f"round {r}: nearly all imagined windows of {args.horizon} steps end, and only "
-                    "those that go on teach what an end costs: try --horizon "
-                    f"{max(1, round(np.mean(steps) / 2))}")
-    run.history.append(entry)
-    run.log({f"rollout/{t}/return": v for t, v in returns.items()})
-    run.log({"charts/episodic_return": mean})
-    run.say(f"round {r}: {len(played)} episodes of {np.mean(steps):.0f} steps on average, mean "
-            f"return {mean:.1f}")
+    if args.data_dir:
+        return
+    if run.rank == 0:
+        def note(done, total):
+            run.say(f"round {r}: rolling out: {done:,}/{total:,} agent steps", force=False)
+        played = collect(workers, agent.tasks, n, r, args, agent.policy, note)
+        returns, steps = {}, [len(e["rew"]) for e in played]
+        for t in agent.tasks:
+            mine = [e for e in played if e["task"] == t]
+            parts = [x for e in mine for x in pieces(e, PIECE if args.ends else len(e["rew"]))]
+            episodes.append(t, *zip(*parts))
+            undisturbed = mine[::2] if args.ends and r else mine
+            returns[t] = float(np.mean([e["ret"] for e in undisturbed]))
+        mean = float(np.mean(list(returns.values())))
+        run.history.append({"round": r, "seconds": run.seconds, "return": returns})
+        if args.ends:
+            keep_best(run, args, agent, r, mean, steps)
+        run.log({f"rollout/{t}/return": v for t, v in returns.items()})
+        run.log({"charts/episodic_return": mean})
+        run.say(f"round {r}: {len(played)} episodes of {np.mean(steps):.0f} steps on average, mean "
+                f"return {mean:.1f}")
+    wait_for_all(run)
+
+
+def keep_best(run, args, agent, r, mean, steps):
+    """Of a task that ends: policies come and go, and what acted in the best round is kept."""
+    run.history[-1] |= {"steps": sum(steps), "length": float(np.mean(steps)),
+                        "window_steps": agent.beside.steps}  # in all so far
+    if r and mean > agent.where["best"]:
+        agent.where["best"] = mean
+        for name, net in agent.best.items():
+            net.load_state_dict(agent.nets[name].state_dict())
+    if np.mean(steps) < args.horizon:
+        run.say(f"round {r}: nearly all imagined windows of {args.horizon} steps end, and only "
+                "those that go on teach what an end costs: try --horizon "
+                f"{max(1, round(np.mean(steps) / 2))}")
 
 
 def collect(workers, tasks, n, r, args, policy, note):
@@ -1011,17 +1021,7 @@ def load_world_model(path, device="cpu"):
     weights, head = find_world_model(file, path)
     names = dict(encoder="encoder", dynamics="dynamics", reward_head=head, end_head="end_head")
     layers = {ours: read_layers(weights, theirs) for ours, theirs in names.items()}
-    (enc_hidden, width), enc = layers["encoder"][0]["weight"].shape, layers["encoder"]
-    (hidden, i), ends = layers["dynamics"][0]["weight"].shape, bool(layers["end_head"])
-    latent, bins = (layers[k][-1]["bias"].numel() for k in ("dynamics", "reward_head"))
-    n, e = weights["task_emb.weight"].shape if "task_emb.weight" in weights else (1, 0)
-    suite = {30: MT30, 80: MT80}.get(n, ())
-    dims = file.get("act_dims") or [task_facts(t).act_dim for t in suite] or [i - latent - e] * n
-    if bins != (1 if ends else BINS) or max(dims) != i - latent - e:
-        raise SystemExit(f"{path} has {bins} reward classes and {i - latent - e} actions for {n} "
-                         f"tasks; expected {BINS} and {max(dims)}: not of this family of models")
-    activation = file.get("activation") or file.get("args", {}).get("activation", "simnorm")
-    wm = WorldModel(width - e, dims, len(enc), enc_hidden, hidden, latent, e, ends, activation)
+    wm = empty_world_model(file, weights, layers, path)
     state = {k: v for k, v in wm.state_dict().items() if k in ("obs_mean", "obs_std")}
     state |= {k: weights[k] for k in ("task_emb.weight", "rew_std", *state) if k in weights}
     for name, made in layers.items():
@@ -1033,8 +1033,24 @@ def load_world_model(path, device="cpu"):
         why = " ".join(str(error).split())[:300]
         raise SystemExit(f"{path} does not fit together as a world model: {why}") from None
     wm.project_embeddings()
-    wm.tasks = tuple(file.get("tasks") or suite)
     return wm.to(device)
+
+
+def empty_world_model(file, weights, layers, path):
+    """A WorldModel of the sizes, tasks and activation that a file's tensors and facts tell."""
+    (enc_hidden, width), depth = layers["encoder"][0]["weight"].shape, len(layers["encoder"])
+    (hidden, i), ends = layers["dynamics"][0]["weight"].shape, bool(layers["end_head"])
+    latent, bins = (layers[k][-1]["bias"].numel() for k in ("dynamics", "reward_head"))
+    n, e = weights["task_emb.weight"].shape if "task_emb.weight" in weights else (1, 0)
+    suite, A = {30: MT30, 80: MT80}.get(n, ()), i - latent - e
+    dims = file.get("act_dims") or [task_facts(t).act_dim for t in suite] or [A] * n
+    if bins != (1 if ends else BINS) or max(dims) != A:
+        raise SystemExit(f"{path} has {bins} reward classes and {A} actions for {n} tasks; "
+                         f"expected {BINS} and {max(dims)}: not of this family of models")
+    activation = file.get("activation") or file.get("args", {}).get("activation", "simnorm")
+    wm = WorldModel(width - e, dims, depth, enc_hidden, hidden, latent, e, ends, activation)
+    wm.tasks = tuple(file.get("tasks") or suite)
+    return wm
 
 
 def task_rows(wm, tasks, facts, path):
@@ -1058,26 +1074,17 @@ SHARES = {  # of all updates, in the first round and in the last, by kind and wh
     ("model", False): (0.25, 0.2), ("policy", False): (0.04, 0.3),
     ("model", True): (0.3, 0.05), ("policy", True): (0.01, 0.05)}
 DEFAULTS = dict(eval_episodes=10, horizon=16, policy_lr=5e-4)
-ENDS = dict(rounds=60, horizon=6, wm_horizon=6, wm_lr=1e-3, policy_lr=3e-4, critic_lr=1e-3,
-            policy_batch=64, critic_passes=8)
-CPU = dict(model_size=1, wm_horizon=4, wm_lr=1e-3, critic_passes=1)
-GPU = dict(wm_horizon=16, wm_lr=3e-4, policy_batch=64, critic_passes=8)
+ENDS = dict(eval_episodes=10, horizon=6, policy_lr=3e-4, critic_lr=1e-3)
+COLUMNS = ("model_size rounds seed_episodes round_episodes wm_steps wm_batch wm_horizon wm_lr "
+           "policy_steps policy_batch critic_passes").split()
 BUDGETS = {  # what the flags that were left out become, by device and kind of task
-    ("cpu", "one"): CPU | dict(rounds=12, seed_episodes=16, round_episodes=4, wm_steps=10_000,
-                               wm_batch=64, policy_steps=3_000, policy_batch=64),
-    ("cpu", "many"): CPU | dict(rounds=6, seed_episodes=18, round_episodes=8, wm_steps=24_000,
-                                wm_batch=256, policy_steps=2_400, policy_batch=16),
-    ("cpu", "ends"): CPU | ENDS | dict(seed_episodes=12, round_episodes=6, wm_steps=8_000,
-                                       wm_batch=128, policy_steps=2_160),
-    ("cuda", "one"): GPU | dict(model_size=5, rounds=20, seed_episodes=20, round_episodes=10,
-                                wm_steps=40_000, wm_batch=256, policy_steps=20_000),
-    ("cuda", "many"): GPU | dict(model_size=48, rounds=6, seed_episodes=40, round_episodes=20,
-                                 wm_steps=100_000, wm_batch=1024, policy_steps=10_000),
-    ("cuda", "ends"): GPU | ENDS | dict(model_size=5, seed_episodes=20, round_episodes=64,
-                                        wm_steps=60_000, wm_batch=256, policy_steps=15_000)}
-FAST = dict(model_size=1, rounds=2, seed_episodes=4, round_episodes=1, wm_steps=200, wm_batch=64,
-            wm_horizon=4, wm_lr=1e-3, policy_steps=20, policy_batch=8, critic_passes=1,
-            eval_episodes=1)
+    ("cpu", "one"): (1, 12, 16, 4, 10_000, 64, 4, 1e-3, 3_000, 64, 1),
+    ("cpu", "many"): (1, 6, 18, 8, 24_000, 256, 4, 1e-3, 2_400, 16, 1),
+    ("cpu", "ends"): (1, 60, 12, 6, 8_000, 128, 6, 1e-3, 2_160, 64, 8),
+    ("cuda", "one"): (5, 20, 20, 10, 40_000, 256, 16, 3e-4, 20_000, 64, 8),
+    ("cuda", "many"): (48, 6, 40, 20, 100_000, 1024, 16, 3e-4, 10_000, 64, 8),
+    ("cuda", "ends"): (5, 60, 20, 64, 60_000, 256, 16, 3e-4, 15_000, 64, 8),
+    "fast": (1, 2, 4, 1, 200, 64, 4, 1e-3, 20, 8, 1)}
 OWN, MODEL = "rounds seed_episodes round_episodes", "model_size wm_steps wm_batch wm_lr"
 COUNTS = f"{OWN} workers wm_batch wm_horizon policy_batch critic_passes horizon eval_episodes"
 RANGES = dict.fromkeys(COUNTS.split(), (1, None))
@@ -1126,7 +1133,9 @@ def fill(args, device, tasks):
     if ends and not single:
         raise SystemExit("--ends is for one task: name one, or type --ends False")
     kind = "ends" if ends else "one" if single else "many"
-    budget = DEFAULTS | BUDGETS[device.type, kind] | (FAST if args.fast else {}) | {"ends": ends}
+    row = BUDGETS["fast" if args.fast else (device.type, kind)]
+    budget = (ENDS if ends else DEFAULTS) | dict(zip(COLUMNS, row)) | dict(ends=ends)
+    budget |= dict(eval_episodes=1) if args.fast else {}
     budget |= dict(model_size=None, wm_steps=0) if args.checkpoint else {}
     budget |= dict(rounds=1) if args.data_dir else {}
     args = replace(args, **{k: v for k, v in budget.items() if getattr(args, k) is None})
@@ -1135,18 +1144,18 @@ def fill(args, device, tasks):
 
 def open_data(run, args, tasks):
     """Episodes: published chunks (converted once), a folder of episodes, or our own."""
-    folder, suite = Path(args.data_dir or run.dir / "episodes"), tasks
-    chunks = list(folder.glob("chunk_*.pt")) if args.data_dir else []
-    if chunks:
+    folder = Path(args.data_dir or run.dir / "episodes")
+    chunks = list(folder.glob("chunk_*.pt"))
+    if run.rank == 0 and not args.data_dir:
+        most, sizes = PIECE if args.ends else math.inf, {}
+        for t in tasks:
+            O, A, steps = task_facts(t)[:3]
+            sizes[t] = O, A, min(steps, most)
+        Episodes.create(folder, sizes)
+    if run.rank == 0 and chunks:
         suite = MT80 if any(t.startswith("mw-") for t in tasks) or len(chunks) > 4 else MT30
-    if run.rank == 0 and (chunks or not args.data_dir):
-        sizes = {t: task_facts(t)[:3] for t in suite}  # (O, A, steps)
-        if chunks:
-            dims = {t: s[:2] for t, s in sizes.items()}
-            data.convert_tdmpc2(folder, folder / "episodes", suite, dims)
-        else:
-            most = PIECE if args.ends else math.inf
-            Episodes.create(folder, {t: (o, a, min(n, most)) for t, (o, a, n) in sizes.items()})
+        sizes = {t: task_facts(t)[:2] for t in suite}
+        data.convert_tdmpc2(folder, folder / "episodes", suite, sizes)
     wait_for_all(run)
     return Episodes.open(folder / "episodes" if chunks else folder, tasks)
 
@@ -1203,8 +1212,10 @@ def open_loop_error(wm, batch, horizons=(1, 4, 16)):
     return out
 
 
-def check_model(run, args, agent, episodes, r):
+def check_model(run, args, agent, episodes, r, updates):
     """Held-out open-loop error after a model stage: a world model is not trusted unseen."""
+    if run.rank or not updates:
+        return
     generator = torch.Generator(agent.device).manual_seed(0)
     batch = agent.sampler(episodes, args.horizon).sequences(512, generator, held_out=True)
     batch = batch._replace(task=agent.rows[batch.task])
@@ -1246,8 +1257,8 @@ def evaluate(run, agent, workers):
             for name, (policy, n) in agent.contestants().items()}
 
 
-def report(run, tasks, columns):
-    """Print the final table beside the paper's, write results.csv; what results.json holds."""
+def summarise(tasks, columns):
+    """(rows of the final table, {column: {mean, iqm, ..}}), the paper's numbers beside ours."""
     rows, summary = [], {}
     for t in tasks:
         ours = {c: float(np.mean(x[t])) for c, x in columns.items()}
@@ -1258,6 +1269,12 @@ def report(run, tasks, columns):
         if c in columns:  # 95 % interval over evaluation episodes of this one training seed
             results = np.array([columns[c][t] for t in tasks]).T
             summary[c]["mean_ci95"] = list(bootstrap_ci(results, np.mean))
+    return rows, summary
+
+
+def report(run, tasks, columns):
+    """Print the final table, write results.csv; returns what results.json holds."""
+    rows, summary = summarise(tasks, columns)
     means = [{"task": s, **{c: x[s] for c, x in summary.items()}} for s in ("mean", "iqm")]
     width = max(len(t) for t in tasks) + 2
     print(f"\n{'task':<{width}}" + "".join(f"{c:>15}" for c in summary))
@@ -1305,7 +1322,7 @@ def main(args: Args, root="runs", make_agent=Agent, inside=None):
     else:
         episodes = open_data(run, args, tasks)
         if args.ends and not args.data_dir and rank == 0:
-            agent.beside = agent.environments(episodes)
+            agent.beside = agent.Beside(args, tasks[0], agent.facts[0], episodes)
         agent.keep(run, episodes)
     if rank == 0:
         announce(run, args, agent, hardware)
@@ -1323,19 +1340,20 @@ def main(args: Args, root="runs", make_agent=Agent, inside=None):
     return run.finish(result)
 
 
-MOVED = {f"--ablation {name}": f"python -m studies.{name}" for name in ("stiffness", "latency")} | {
-    "--task ball-wall": "python -m studies.ball_wall", "--true-plant": "python -m studies.shac",
-    "--task double-pendulum": "python -m studies.double_pendulum", "--no-episodic": "--ends False",
-    "--ablation all": "python -m studies.ablations", "--episodic": "--ends True",
-    "--ablation": "python -m studies.ablations --only NAME,..", "--seeds": "--seed, once for each"}
-MOVED |= dict.fromkeys(("--planner-episodes", "--prior"), "python -m studies.tdmpc2")
-MOVED |= {f"--{old}": f"python -m studies.ablations --only {new}" for old, new in (
-    ("activation", "activation"), ("shared-policy", "shared"), ("td-actor", "objective"))}
-MOVED |= {f"--{old}": f"nothing, and change {new} in pwm.py" for old, new in (
-    ("rho", "RHO"), ("beta1", "BETAS"), ("critic-batches", "CRITIC_BATCHES"),
-    ("held-out", "HELD_OUT"), ("wm-final-lr", "FINAL_RATE"), ("symexp", "`pseudo` of imagine"),
-    ("first-model", "SHARES"), ("last-model", "SHARES"), ("first-policy", "SHARES"),
-    ("last-policy", "SHARES"))}
+STUDY = "python -m studies."
+MOVED = {  # what has left, and what to type now
+    "--task ball-wall": f"{STUDY}ball_wall", "--task double-pendulum": f"{STUDY}double_pendulum",
+    "--true-plant": f"{STUDY}shac", "--planner-episodes": f"{STUDY}tdmpc2",
+    "--prior": f"{STUDY}tdmpc2", "--ablation stiffness": f"{STUDY}stiffness",
+    "--ablation latency": f"{STUDY}latency", "--ablation all": f"{STUDY}ablations",
+    "--ablation": f"{STUDY}ablations --only NAMES", "--seeds": "--seed, once for each",
+    "--shared-policy": f"{STUDY}ablations --only shared", "--episodic": "--ends True",
+    "--td-actor": f"{STUDY}ablations --only objective", "--no-episodic": "--ends False",
+    "--activation": f"{STUDY}ablations --only activation"}
+CONSTANTS = dict(rho="RHO", beta1="BETAS", held_out="HELD_OUT", critic_batches="CRITIC_BATCHES",
+                 wm_final_lr="FINAL_RATE", symexp="`pseudo` of imagine")
+CONSTANTS |= dict.fromkeys(("first_model", "last_model", "first_policy", "last_policy"), "SHARES")
+MOVED |= {data.flag(k): f"nothing, and change {x} in pwm.py" for k, x in CONSTANTS.items()}
 
 if __name__ == "__main__":
     main(data.parse(Args, __doc__, MOVED))

@@ -259,22 +259,22 @@ def figure_efficiency(path, made, wanted, args):
 
 def main(args):
     """Data, base, variants, table; returns what results.json holds."""
+    args = data.resumed(args)
+    if args.fast and args.only == "all":
+        args = replace(args, only="objective,shared", seeds=2)
     wanted = list(ABLATIONS) if args.only == "all" else args.only.split(",")
     if unknown := [x for x in wanted if x not in ABLATIONS]:
         raise SystemExit(f"--only {unknown[0]}: expected all or some of " + ", ".join(ABLATIONS))
-    if args.fast and args.only == "all":
-        args = replace(args, only="objective,shared", seeds=2)
-        wanted = args.only.split(",")
     args, run = open_run("ablations", args)
     tasks, own = args.task.split(","), FAST if args.fast else {}
-    common = dict(task=args.task, device=args.device, compile=args.compile, workers=1, ends=False,
+    every = dict(task=args.task, device=args.device, compile=args.compile, workers=1, ends=False,
                   eval_episodes=args.eval_episodes, seed=args.seed)
     folder = args.data_dir
     if folder is None:
-        made = data.run_cells(work, {"data": common | DATA | own}, run.dir)
+        made = data.run_cells(work, {"data": every | DATA | own}, run.dir)
         folder = f"{made['data']['folder']}/episodes"
     playing = ("seed_episodes", "round_episodes", "rounds")
-    base = common | CELL | {k: v for k, v in own.items() if k not in playing}
+    base = every | CELL | {k: v for k, v in own.items() if k not in playing}
     base |= dict(data_dir=folder, eval_every=args.eval_every)
     cells = {f"base-{s}": dict(base, seed=s) for s in seeds_for(wanted, args)}
     made = data.run_cells(work, cells, run.dir, args.workers)

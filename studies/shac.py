@@ -82,6 +82,7 @@ class Agent(pwm.Agent):
     """Actor and critics on a TruePlant; nothing of the model is trained."""
 
     shares = pwm.SHARES | {("policy", True): (0.04, 0.3)}
+    Beside = Beside
 
     def world_model(self):
         (task,) = self.tasks
@@ -105,9 +106,6 @@ class Agent(pwm.Agent):
         once."""
         if self.wm.scale.count[0] < 1:
             self.wm.rew_std.fill_(pwm.reward_deviation(episodes.arrays(self.tasks[0])))
-
-    def environments(self, episodes):
-        return Beside(self.args, self.tasks[0], self.facts[0], episodes)
 
 
 BUDGET = dict(rounds=10, seed_episodes=4, round_episodes=4, policy_steps=200, policy_batch=64,

@@ -370,7 +370,7 @@ def shac_agent(seed=1):
     args = pwm.Args(task=HOPPER, ends=True, wm_steps=0, device="cpu", compile=False, workers=1,
                     seed=seed, **flags)
     agent = shac.Agent(pwm.fill(args, cpu, [HOPPER]), [HOPPER], cpu)
-    agent.beside = agent.environments(None)
+    agent.beside = agent.Beside(agent.args, HOPPER, agent.facts[0], None)
     return agent
 
 
@@ -427,7 +427,8 @@ def test_bodies_do_what_imagination_does_and_tell_which_windows_ended():
     assert agent.args.horizon == 6 and agent.args.policy_lr == 3e-4 and agent.args.critic_lr == 1e-3
     lasts = [x.actors.mu.weight[-1].abs().max() for x in (agent, shac_agent())]
     assert lasts[0] < 0.002 < 0.05 < lasts[1]  # begins by doing next to nothing; SHAC as published
-    agent.beside, herd = agent.environments(None), envs.beside(task, 16, 1, 1)
+    agent.beside = agent.Beside(agent.args, task, agent.facts[0], None)
+    herd = envs.beside(task, 16, 1, 1)
     obs, row, ended = herd.reset(), torch.zeros(16, dtype=torch.long), 0
     lived, played = [[[obs[b]], [], [], []] for b in range(16)], []  # obs, act, rew, term of each
     for k in range(12):
