@@ -811,9 +811,9 @@ MOVED_SCENES = {"pushed": "studies.scenes:Pushed", "humanoid": "studies.scenes:H
 _ROOM = """<mujoco><option timestep="0.01"/><visual><headlight ambient="0.45 0.45 0.45"
 diffuse="0.5 0.5 0.5" specular="0 0 0"/></visual><asset><texture name="c" type="2d"
 builtin="checker" rgb1=".35 .35 .35" rgb2=".6 .6 .6" width="64" height="64"/>
-<material name="checker" texture="c"
-texrepeat="6 6"/></asset><worldbody><geom name="floor" type="plane" size="30 30 .1" friction=".4"
-{floor}/>{bodies}</worldbody><actuator>{motors}</actuator></mujoco>"""
+<material name="checker" texture="c" texrepeat="6 6"/></asset><worldbody>
+<geom name="floor" type="plane" size="30 30 .1" friction=".4" {floor}/>{bodies}</worldbody>
+<actuator>{motors}</actuator></mujoco>"""
 
 
 class Scene:
