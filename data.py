@@ -1108,7 +1108,7 @@ def parse(Args, doc, moved=()):
     flag with its value ("--task ball-wall").  SystemExit: wrong flags, or the new command."""
     import tyro
     words = [w for word in sys.argv[1:] for w in word.split("=", 1)]
-    for old in words + [f"{a} {b}" for a, b in zip(words, words[1:])]:
+    for old in [f"{a} {b}" for a, b in zip(words, words[1:])] + words:
         if old in moved:
             raise SystemExit(f"{old} has moved: type {moved[old]}")
     return tyro.cli(Args, description=doc)
