@@ -196,7 +196,7 @@ def batch_mean(x, live):
     return (x * live).mean(1)  # of the whole batch: several ranks average to what one computes
 
 
-def linear_fall(start, end, progress):
+def between(start, end, progress):
     """start at progress 0, end at progress 1."""
     return start + (end - start) * progress
 
@@ -275,12 +275,12 @@ ACTIVATIONS = {  # of hidden layers, and where a latent is made (Sec. 3.3; Fig. 
 class NormedLinear(nn.Linear):
     """Linear -> LayerNorm -> activation, TD-MPC2's block: (.., I) -> (.., J)."""
 
-    def __init__(self, i, j, act=mish):
+    def __init__(self, i, j, act=F.mish):
         super().__init__(i, j)
         self.ln, self.act = nn.LayerNorm(j), act
 
     def forward(self, x):
-        return self.act(self.ln(super().forward(x).float()))  # autocast: only the product is bf16
+        return self.act(self.ln(super().forward(x).float()))
 
 
 class WorldModel(nn.Module):
@@ -624,7 +624,7 @@ def train(run, args, agent, episodes, workers):
         for step in run.steps("policy", policy_steps[r]):
             updates = sum(policy_steps[:r]) + step
             for name, lr in (("actors", args.policy_lr), ("critics", args.critic_lr)):
-                set_rates(opt[name], linear_fall(lr, 1e-5, updates / sum(policy_steps)))  # Table 1
+                set_rates(opt[name], between(lr, 1e-5, updates / sum(policy_steps)))  # Table 1
             noise = torch.randn(H, N, B, wm.act_mask.shape[1], **rand)
             obs, alive = agent.starts(sampler, noise)
             z, rew, alive = f.imagine(wm, actors, obs, noise, task, alive)
@@ -1102,7 +1102,7 @@ def model_dims(size, n_tasks, mt80=False):
                 task_dim=emb if n_tasks > 1 else 0)
 
 
-def task_list(text):
+def tasks_of(text):
     tasks = SUITES.get(text) or tuple(t.strip() for t in text.split(",") if t.strip())
     if not tasks or len(set(tasks)) < len(tasks):
         raise SystemExit(f"--task {text!r} names no task, or one twice: expected mt30, mt80 or "
@@ -1110,7 +1110,7 @@ def task_list(text):
     return tasks
 
 
-def check(args):
+def check_args(args):
     """SystemExit: flags out of range, or that the chosen mode does not read."""
     data.check_ranges(args, RANGES)
     if args.resume:
@@ -1126,7 +1126,7 @@ def check(args):
         data.refuse(args, OWN, "with --data-dir no data is made")
 
 
-def fill(args, device, tasks):
+def fill_args(args, device, tasks):
     """Args with the defaults of this device for the flags that were left out."""
     single = len(tasks) == 1
     ends = single and task_facts(tasks[0]).ends if args.ends is None else args.ends
@@ -1227,7 +1227,7 @@ def check_model(run, args, agent, episodes, r, updates):
             + ", ".join(f"{k} {v:.3f}" for k, v in errors.items()))
 
 
-def play(workers, tasks, n, seed, policy, note=None):
+def play_all(workers, tasks, n, seed, policy, note=None):
     """n episodes per task -> {task: results of its episodes on the table's scale: return, or 1000 x
     success for Meta-World}; policy(obs, task index, job, t) -> actions."""
     jobs = [(t, small_seed(10**9 + 10**4 * seed + i)) for t in tasks for i in range(n)]
@@ -1241,7 +1241,7 @@ def play(workers, tasks, n, seed, policy, note=None):
 def evaluate_now(run, agent, workers, updates):
     """Deterministic episodes of all policies as they are, into the history."""
     policy, n = agent.contestants()["ours"]
-    played = play(workers, agent.tasks, n, agent.args.seed, policy)
+    played = play_all(workers, agent.tasks, n, agent.args.seed, policy)
     returns = {t: float(np.mean(x)) for t, x in played.items()}
     run.history.append(dict(policy_updates=updates, seconds=run.seconds, evaluation=returns))
     run.log({f"eval/{t}/return": v for t, v in returns.items()})
@@ -1253,7 +1253,7 @@ def evaluate(run, agent, workers):
     """{column of the table: {task: results}} of all contestants."""
     def note(done, total):
         run.say(f"evaluating: {done:,}/{total:,} agent steps", force=False)
-    return {name: play(workers, agent.tasks, n, agent.args.seed, policy, note)
+    return {name: play_all(workers, agent.tasks, n, agent.args.seed, policy, note)
             for name, (policy, n) in agent.contestants().items()}
 
 
@@ -1307,12 +1307,12 @@ def main(args: Args, root="runs", make_agent=Agent, inside=None):
     """Run everything in a folder below root, or in the folder `inside`; returns what results.json
     holds (None on the other ranks of torchrun). make_agent: a study's own subclass of Agent."""
     args = data.resumed(args)
-    check(args)
+    check_args(args)
     if args.capture_video:
         choose_gl()  # now: mujoco looks at the choice once, and hours should not end without OpenGL
     device, hardware = data.choose_device(args.device)
-    tasks = task_list(args.task)
-    args = fill(args, device, tasks)
+    tasks = tasks_of(args.task)
+    args = fill_args(args, device, tasks)
     rank, world = data.join_ranks(device)
     agent = make_agent(args, tasks, device, world)
     args = agent.args

@@ -127,7 +127,7 @@ def test_updates_are_shared_out_over_rounds():
     assert pwm.shares(7, 1, 0.1, 0.3) == [7]
     assert pwm.shares(100, 2, 0.25, 0.2) == [25, 75] and sum(pwm.shares(997, 12, 0.25, 0.2)) == 997
     falls = [pwm.late_fall(x) for x in (0.0, 0.5, 0.75, 1.0)]
-    assert falls == pytest.approx([1, 1, 0.515, 0.03]) and pwm.linear_fall(4, 1, 1 / 3) == 3
+    assert falls == pytest.approx([1, 1, 0.515, 0.03]) and pwm.between(4, 1, 1 / 3) == 3
 
 
 def test_seeds_beyond_32_bits_are_mapped_and_others_stay():
@@ -166,8 +166,8 @@ def test_padded_actions_are_masked_and_get_no_gradient():
 def agent_of(task, **flags):
     """An Agent on the CPU."""
     flags = dict(device="cpu", compile=False, workers=1) | flags
-    tasks = pwm.task_list(task)
-    args = pwm.fill(pwm.Args(task=task, **flags), torch.device("cpu"), tasks)
+    tasks = pwm.tasks_of(task)
+    args = pwm.fill_args(pwm.Args(task=task, **flags), torch.device("cpu"), tasks)
     return pwm.Agent(args, tasks, torch.device("cpu"))
 
 

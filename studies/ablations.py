@@ -159,7 +159,7 @@ def work(name, cell, folder):
 def update_seconds(cell, tasks):
     """Seconds of one policy update, measured on made-up start states."""
     cpu, flags = torch.device("cpu"), {k: v for k, v in cell.items() if k != "agent"}
-    args = pwm.fill(pwm.Args(**flags), cpu, tasks)
+    args = pwm.fill_args(pwm.Args(**flags), cpu, tasks)
     agent = pwm.Agent(args, tasks, cpu)
     agent.wm.requires_grad_(False)
     N, B, A, times = len(tasks), args.policy_batch, agent.wm.act_mask.shape[1], []

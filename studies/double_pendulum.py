@@ -72,7 +72,7 @@ def extract(wm, starts, updates, horizon, gen, lr=2e-3, collect=None):
         if collect and i % 15 == 0:
             starts = torch.cat([starts, collect(actors, i / updates)])
         for opt in opts:
-            pwm.set_rates(opt, pwm.linear_fall(lr, 1e-5, i / updates))
+            pwm.set_rates(opt, pwm.between(lr, 1e-5, i / updates))
         obs = starts[torch.randint(len(starts), (64,), generator=gen)][None]
         noise = torch.randn(horizon, 1, 64, 1, generator=gen)
         orders = torch.rand(2, horizon * 64, generator=gen).argsort(1)

@@ -65,7 +65,7 @@ def main(args):
     times, rows = {}, []
     for size in (1,) if args.fast else (1, 5, 48):
         made = pwm.Args(task="mt30", model_size=size, seed=args.seed, compile=args.compile)
-        times[size] = measure(tdmpc2.Agent(pwm.fill(made, device, MT30), MT30, device))
+        times[size] = measure(tdmpc2.Agent(pwm.fill_args(made, device, MT30), MT30, device))
         ratio = times[size]["planner"] / times[size]["ours"]
         rows.append({"size": f"{size}M", **times[size], "times": ratio})
     show(rows, dict(size="model", ours="policy, ms", planner="planner, ms", times="times"), 2)

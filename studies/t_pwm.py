@@ -86,7 +86,7 @@ def test_planner_finds_the_best_action_and_respects_masks():
 def test_tdmpc2_value_and_prior_learn():
     args = pwm.Args(task="cup-catch,walker-walk", model_size=1, device="cpu", compile=False)
     tasks, cpu = args.task.split(","), torch.device("cpu")
-    agent = tdmpc2.Agent(pwm.fill(args, cpu, tasks), tasks, cpu)
+    agent = tdmpc2.Agent(pwm.fill_args(args, cpu, tasks), tasks, cpu)
     g, opt = pgen(), agent.opt["model"]
     rew = torch.ones(4, 32)
     batch = pwm.Batch(torch.randn(5, 32, 24, generator=g), torch.rand(4, 32, 6, generator=g), rew,
@@ -212,7 +212,7 @@ def test_ablations_train_variants_on_the_same_data(folder, capsys, monkeypatch):
 def test_ablation_activations_are_of_the_models():
     for agent, activation in ((ablations.MishAgent, "mish"), (ablations.ReluAgent, "relu")):
         args = pwm.Args(task="cup-catch", model_size=1, device="cpu", compile=False)
-        made = agent(pwm.fill(args, torch.device("cpu"), ["cup-catch"]), ["cup-catch"],
+        made = agent(pwm.fill_args(args, torch.device("cpu"), ["cup-catch"]), ["cup-catch"],
                      torch.device("cpu"))
         assert made.wm.activation == activation
 
@@ -369,7 +369,7 @@ def shac_agent(seed=1):
     cpu, flags = torch.device("cpu"), dict(shac.BUDGET, policy_batch=3, horizon=4)
     args = pwm.Args(task=HOPPER, ends=True, wm_steps=0, device="cpu", compile=False, workers=1,
                     seed=seed, **flags)
-    agent = shac.Agent(pwm.fill(args, cpu, [HOPPER]), [HOPPER], cpu)
+    agent = shac.Agent(pwm.fill_args(args, cpu, [HOPPER]), [HOPPER], cpu)
     agent.beside = agent.Beside(agent.args, HOPPER, agent.facts[0], None)
     return agent
 
@@ -423,7 +423,7 @@ def test_shac_and_the_verdict_on_stiffness(folder, capsys, monkeypatch):
 def test_bodies_do_what_imagination_does_and_tell_which_windows_ended():
     task, cpu = "studies.bodies:hopper", torch.device("cpu")
     args = pwm.Args(task=task, policy_batch=16, device="cpu", compile=False, workers=1)
-    agent = pwm.Agent(pwm.fill(args, cpu, [task]), [task], cpu)
+    agent = pwm.Agent(pwm.fill_args(args, cpu, [task]), [task], cpu)
     assert agent.args.horizon == 6 and agent.args.policy_lr == 3e-4 and agent.args.critic_lr == 1e-3
     lasts = [x.actors.mu.weight[-1].abs().max() for x in (agent, shac_agent())]
     assert lasts[0] < 0.002 < 0.05 < lasts[1]  # begins by doing next to nothing; SHAC as published

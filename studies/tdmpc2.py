@@ -57,8 +57,8 @@ class Heads(nn.Module):
         self.wm = [wm]  # in a list: not a sub-module, its parameters are counted and saved once
         A = wm.act_mask.shape[1]
         i = wm.latent + wm.task_dim
-        layers = NormedLinear(i, hidden), NormedLinear(hidden, hidden), nn.Linear(hidden, 2 * A)
-        self.pi = nn.Sequential(*layers)
+        layers = [NormedLinear(a, b, pwm.mish) for a, b in ((i, hidden), (hidden, hidden))]
+        self.pi = nn.Sequential(*layers, nn.Linear(hidden, 2 * A))
         self.pi.apply(init_trunc_normal)
         self.q = StackedQ(num_q, (i + A, hidden, hidden, BINS), init_normal)
         nn.init.zeros_(self.q.weight[-1])  # Q = 0 at the start
