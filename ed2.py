@@ -660,43 +660,41 @@ class LaProp(torch.optim.Optimizer):
 
 
 # -------------------------------------------------------------------------------------- training
+def optimisers(model, args, joint):
+    """(optimiser of the world model, that of TD-MPC2's policy prior or None)."""
+    if args.wm == "dreamerv3":
+        return LaProp(model, args.lr, max(1, min(1000, args.updates // 10))), None
+    if not joint:
+        return torch.optim.Adam([dict(params=model.parameters(), scale=1.0)], foreach=True), None
+    scales = {"encoder": 0.3, "reward": 1.0, "q": 1.0, "dynamics": 1.0}
+    groups = [dict(params=getattr(model, k).parameters(), scale=x) for k, x in scales.items()]
+    prior = torch.optim.Adam(model.prior.parameters(), args.lr, eps=1e-5, foreach=True)
+    return torch.optim.Adam(groups, foreach=True), prior
+
+
 def train(run, model, sampler, args, seed, encoder=None):
     """Fit a world model to the replay; every variant of a seed sees the same batches.
 
     encoder: `model` is TD-MPC2's dynamics alone, in the latents of this fixed encoder. Returns the
     dynamics loss that Tables 1 and 2 show, averaged over the last tenth of training.
     """
-    joint, prior_opt = args.wm == "tdmpc2" and encoder is None, None
-    if args.wm == "dreamerv3":
-        opt = LaProp(model, args.lr, max(1, min(1000, args.updates // 10)))
-    else:
-        parts = [model.encoder, model.reward, model.q, model.dynamics] if joint else [model]
-        groups = [dict(params=list(part.parameters()), scale=1.0) for part in parts]
-        groups[0]["scale"] = 0.3 if joint else 1.0  # TD-MPC2's encoder is slower
-        opt = torch.optim.Adam(groups, foreach=True)
-    if joint:
-        prior_opt = torch.optim.Adam(model.prior.parameters(), args.lr, eps=1e-5, foreach=True)
+    recurrent, joint = args.wm == "dreamerv3", args.wm == "tdmpc2" and encoder is None
     device, begin = next(model.parameters()).device, int(0.9 * args.updates)
-    generator = torch.Generator(device).manual_seed(seed)
+    (opt, prior_opt), generator = optimisers(model, args, joint), torch.Generator(device)
+    generator.manual_seed(seed)
     kept = dict(scale=torch.ones(()), shown=torch.zeros(args.updates - begin))
     run.keeps(model=model, opt=opt, prior_opt=prior_opt, rng=generator, kept=kept)
     kept.update({k: x.to(device) for k, x in kept.items()})
-    losses = tdmpc2_loss, policy_loss, consistency_loss, rssm_loss
+    losses = rssm_loss, tdmpc2_loss, consistency_loss, policy_loss
     if args.compile:
         torch._dynamo.reset()  # of the trainings before, whose shapes differ
         losses = [torch.compile(f, dynamic=False) for f in losses]
-    joint_loss, prior_loss, latent_loss, recurrent_loss = losses
-
+    recurrent_loss, joint_loss, latent_loss, prior_loss = losses
     for step in run.steps("update", args.updates):
-        rate = linear_fall(step, args.updates, args.lr)
-        for group in opt.param_groups:
-            group["lr"] = rate * group["scale"]
-        # sample
-        obs, act, rew, *_ = sampler.sequences(args.batch, generator)
-        # loss
-        if args.wm == "dreamerv3":
-            latents = len(obs), args.batch, model.rssm.stoch, model.rssm.classes
-            gumbel = draw_gumbel(latents, generator)
+        obs, act, rew, *_ = sampler.sequences(args.batch, generator)  # sample
+        if recurrent:  # loss
+            latents = model.rssm.stoch, model.rssm.classes
+            gumbel = draw_gumbel((len(obs), args.batch, *latents), generator)
             loss, metrics, _ = recurrent_loss(model, obs, act, rew, gumbel, 8)
         elif joint:
             noise = torch.randn(len(obs), *act.shape[1:], generator=generator, device=device)
@@ -706,27 +704,31 @@ def train(run, model, sampler, args, seed, encoder=None):
             z = encoder(obs)
             loss = 20 * latent_loss(model, z[0], act, z[1:])
             metrics = dict(dyn=loss.detach() / 20)
-        # descend
-        opt.zero_grad()
-        loss.backward()
-        if args.wm == "tdmpc2":  # LaProp clips by itself
-            params = [p for group in opt.param_groups for p in group["params"]]
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, 20.0)
-        opt.step()
-        if joint:
-            model.q.requires_grad_(False)  # the prior moves, its judges do not
-            prior_opt.zero_grad()
+        rate = linear_fall(step, args.updates, args.lr)
+        metrics["grad_norm"] = descend(opt, loss, rate, math.inf if recurrent else 20.0)
+        if joint:  # the prior moves, its judges do not
+            model.q.requires_grad_(False)
             loss, kept["scale"] = prior_loss(model, z, noise, kept["scale"])
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.prior.parameters(), 20.0)
-            prior_opt.step()
+            descend(prior_opt, loss, args.lr, 20.0)
             model.q.requires_grad_(True)
-            slow, fast = list(model.q_slow.parameters()), [p.detach() for p in model.q.parameters()]
-            torch._foreach_lerp_(slow, fast, 0.01)
+            fast = [p.detach() for p in model.q.parameters()]
+            torch._foreach_lerp_(list(model.q_slow.parameters()), fast, 0.01)
         if step >= begin:
             kept["shown"][step - begin] = metrics["dyn"]
         run.note(metrics)
     return float(kept["shown"].mean())
+
+
+def descend(opt, loss, lr, clip):
+    """One step down a loss with a gradient of norm `clip` at most -> its norm before."""
+    opt.zero_grad()
+    loss.backward()
+    for group in opt.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
+    params = sum((group["params"] for group in opt.param_groups), [])
+    norm = nn.utils.clip_grad_norm_(params, clip)
+    opt.step()
+    return norm
 
 
 # ------------------------------------------------------------------------------------------- data
