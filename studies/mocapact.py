@@ -1,19 +1,22 @@
 """Video of human motion for SAVi: render the poses that MoCapAct stores, of the CMU humanoid.
 
     python -m studies.mocapact --src data/mocapact       # -> runs/video/mocapact; minutes per file
+    python -m studies.mocapact --fast                    # the same with poses that are made up
     python savi.py --task runs/video/mocapact
 
 Poses and not actions are replayed: actions drift with the version of the simulator. Subjects are
 split 70-20-10. Files: CMU_*.hdf5 of huggingface.co/datasets/microsoft/mocapact-data.
 """
 import hashlib
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 import data
+from envs import choose_gl
 from studies.scenes import Humanoid
 
 LAYOUT = ("<snippet>/0/observations/proprioceptive (L+1,2868), <snippet>/0/actions (L,56), "
@@ -39,6 +42,40 @@ def mocapact_splits(names):
         have[k] += len(subjects[s])
         out |= dict.fromkeys(subjects[s], k)
     return out
+
+
+def joints_of(model):
+    """Names of the 56 angles in the order of the files: alphabetical."""
+    hinges = np.flatnonzero(model.jnt_type == 3).tolist()
+    return sorted(model.joint(i).name.removeprefix("walker0/") for i in hinges)
+
+
+def made_up(path, model, L=30):
+    """A file in the published layout with random poses, and action i full of i; returns qpos (L+1,
+    63)."""
+    import mujoco
+    rng, proprio = np.random.default_rng(0), np.zeros((L + 1, 2868), np.float32)
+    columns = {"joints_pos": np.arange(91, 147), "orientation": np.arange(259, 268),
+               "position": np.arange(268, 271)}
+    low, high = model.jnt_range[model.jnt_type == 3].T
+    qpos = np.zeros((L + 1, model.nq))
+    qpos[:, :3] = rng.normal(size=(L + 1, 3)) * 0.1 + (0, 0, 1)
+    qpos[:, 3:7] = rng.normal(size=4)
+    qpos[:, 3:7] /= np.linalg.norm(qpos[0, 3:7])
+    qpos[:, 7:] = rng.uniform(low, high, (L + 1, 56))
+    proprio[:, columns["position"]], matrix = qpos[:, :3], np.zeros(9)
+    for row, q in zip(proprio, qpos):
+        mujoco.mju_quat2Mat(matrix, q[3:7])
+        row[columns["orientation"]] = matrix
+    for column, name in zip(columns["joints_pos"], joints_of(model)):
+        proprio[:, column] = qpos[:, model.joint(f"walker0/{name}").qposadr[0]]
+    with h5py.File(path, "w") as f:
+        for name, c in columns.items():
+            f[f"observable_indices/walker/{name}"] = c
+        roll = f.create_group(f"{Path(path).stem}-0-{L}/0")
+        roll["observations/proprioceptive"] = proprio
+        roll["actions"] = np.arange(L)[:, None] * np.ones((L, 56), np.float32)
+    return qpos
 
 
 def mocapact_qpos(proprio, indices, joints, model):
@@ -73,8 +110,8 @@ def read_rollouts(file, most):
         if not rolls or bad or [len(x) for x in indices.values()] != [3, 9, 56]:
             raise KeyError(f"{len(rolls)} rollouts, shapes {bad[:1]}")
     except (OSError, KeyError, AttributeError, TypeError, ValueError) as e:
-        raise SystemExit(f"{file} has not the layout of MoCapAct ({str(e)[:120]}): "
-                         f"expected {LAYOUT}") from None
+        raise SystemExit(f"{file} has not the layout of MoCapAct ({str(e)[:120]}): expected "
+                         f"{LAYOUT}") from None
     return indices, rolls
 
 
@@ -95,8 +132,7 @@ def render_file(path, recipe, file, split):
     """One file of MoCapAct -> one file of a cache."""
     scene = Posed(recipe["color"], recipe["floor"])
     m, length, stride = scene.model, recipe["frames"], recipe["stride"]
-    hinges = np.flatnonzero(m.jnt_type == 3).tolist()
-    joints = sorted(m.joint(i).name.removeprefix("walker0/") for i in hinges)
+    joints = joints_of(m)
     indices, rolls = read_rollouts(file, recipe["rollouts"])
     scene.open(recipe["size"])
     clips, rng = [], np.random.default_rng(0)
@@ -153,12 +189,20 @@ class Args:
     """parts: each part its own colour; default: tan; random: each clip one colour"""
     workers: int = 1
     """processes, one file each"""
+    fast: bool = False
+    """a temporary file of random poses instead of --src, small frames"""
 
 
 def main(args):
     """Render, and say what there is: {clips, splits, folder}."""
     data.check_ranges(args, dict(frames=(2, None), size=(16, 512), stride=(1, None),
                                  rollouts=(1, None), workers=(1, None)))
+    if args.fast:
+        choose_gl()  # before mujoco is imported
+        with tempfile.TemporaryDirectory() as folder:
+            made_up(Path(folder) / "CMU_001_01.hdf5", Posed("default", "plain").model)
+            small = dict(src=folder, folder=f"{folder}/cache", frames=6, size=32, fast=False)
+            return main(replace(args, **small))
     splits = render_mocapact(args.src, args.folder, args.frames, args.size, args.stride,
                              args.rollouts, args.color, args.workers)
     clips = len(data.open_video(args.folder)[0]["video"])

@@ -123,42 +123,11 @@ def test_scenes_bad_kinds_and_caches_are_one_sentence(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------- MoCapAct
-def stored_clip(path, layout=True, L=30):
-    """A file in the published layout with poses that are known: returns them."""
-    import mujoco
-    m, rng = mocapact.Posed("default", "plain").model, np.random.default_rng(0)
-    hinges = np.flatnonzero(m.jnt_type == 3).tolist()
-    names = sorted(m.joint(i).name.removeprefix("walker0/") for i in hinges)
-    qpos = np.zeros((L + 1, m.nq))
-    qpos[:, :3] = rng.normal(size=(L + 1, 3)) * 0.1 + (0, 0, 1)
-    qpos[:, 3:7] = rng.normal(size=4)
-    qpos[:, 3:7] /= np.linalg.norm(qpos[0, 3:7])
-    low, high = m.jnt_range[m.jnt_type == 3].T
-    qpos[:, 7:] = rng.uniform(low, high, (L + 1, 56))
-    proprio, matrix = np.zeros((L + 1, 2868), np.float32), np.zeros(9)
-    proprio[:, 268:271] = qpos[:, :3]
-    for row, q in zip(proprio, qpos):
-        mujoco.mju_quat2Mat(matrix, q[3:7])
-        row[259:268] = matrix
-    for i, name in enumerate(names):
-        proprio[:, 91 + i] = qpos[:, m.joint(f"walker0/{name}").qposadr[0]]
-    columns = {"joints_pos": range(91, 147), "orientation": range(259, 268),
-               "position": range(268, 271)}
-    with h5py.File(path, "w") as f:
-        for name, c in columns.items():
-            f[f"observable_indices/walker/{name}"] = np.array(c)
-        group = f"{Path(path).stem}-0-{L}/0"
-        f[f"{group}/observations/proprioceptive"] = proprio
-        if layout:
-            f[f"{group}/actions"] = np.arange(L)[:, None] * np.ones((L, 56), np.float32)
-    return m, names, qpos, proprio
-
-
 def test_mocapact_poses_come_back_and_are_rendered(tmp_path, capsys):
-    m, names, qpos, proprio = stored_clip(tmp_path / "CMU_007_01.hdf5")
-    with h5py.File(tmp_path / "CMU_007_01.hdf5") as f:
-        indices = {k: v[:] for k, v in f["observable_indices/walker"].items()}
-    back = mocapact.mocapact_qpos(proprio, indices, names, m)
+    m = mocapact.Posed("default", "plain").model
+    qpos = mocapact.made_up(tmp_path / "CMU_007_01.hdf5", m)
+    indices, [(proprio, _)] = mocapact.read_rollouts(tmp_path / "CMU_007_01.hdf5", 1)
+    back = mocapact.mocapact_qpos(proprio, indices, mocapact.joints_of(m), m)
     sign = np.sign((back[:, 3:7] * qpos[:, 3:7]).sum(1, keepdims=True))
     assert np.abs(back[:, 7:] - qpos[:, 7:]).max() < 1e-6
     assert np.abs(back[:, 3:7] * sign - qpos[:, 3:7]).max() < 1e-6
@@ -172,6 +141,8 @@ def test_mocapact_poses_come_back_and_are_rendered(tmp_path, capsys):
     assert x["actions"][:, :, 0].ravel().tolist() == [i - 1 for i in range(1, 24, 2)]
     assert (x["seg"] > 0).mean() > 0.02 and len(np.unique(x["seg"])) >= 4
     assert "3 clips of 4 frames" in capsys.readouterr().out
+    fast = mocapact.main(mocapact.Args(fast=True))
+    assert fast["clips"] == 2 and not Path(fast["folder"]).exists()
 
 
 def test_mocapact_splits_by_subject():
@@ -188,12 +159,15 @@ def test_mocapact_bad_files(tmp_path):
     file, out = tmp_path / "CMU_001_01.hdf5", tmp_path / "out"
     with says("no CMU_*.hdf5", "huggingface.co"):
         mocapact.render_mocapact(tmp_path, out)
-    stored_clip(file, layout=False)
+    model = mocapact.Posed("default", "plain").model
+    mocapact.made_up(file, model)
+    with h5py.File(file, "r+") as f:
+        del f["CMU_001_01-0-30/0/actions"]
     with says("layout of MoCapAct", "observations/proprioceptive"):
         mocapact.render_mocapact(tmp_path, out, frames=4)
     file.write_bytes(b"not HDF5")
     with says("layout of MoCapAct"):
         mocapact.render_mocapact(tmp_path, out, frames=4)
-    stored_clip(file)
+    mocapact.made_up(file, model)
     with says("no rollout of 40 frames", "--frames"):
         mocapact.render_mocapact(tmp_path, out, frames=40)
