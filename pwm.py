@@ -1088,7 +1088,7 @@ BUDGETS = {  # what the flags that were left out become, by device and kind of t
 OWN, MODEL = "rounds seed_episodes round_episodes", "model_size wm_steps wm_batch wm_lr"
 COUNTS = f"{OWN} workers wm_batch wm_horizon policy_batch critic_passes horizon eval_episodes"
 RANGES = dict.fromkeys(COUNTS.split(), (1, None))
-RANGES |= dict.fromkeys("save_every wm_steps policy_steps eval_every".split(), (0, None))
+RANGES |= dict.fromkeys(("save_every", "wm_steps", "policy_steps", "eval_every"), (0, None))
 RANGES |= dict.fromkeys("wm_lr policy_lr critic_lr gamma lam".split(), (0, 1))
 RANGES["seed"] = 0, 2**62
 
@@ -1163,17 +1163,16 @@ def open_data(run, args, tasks):
 def announce(run, a, agent, hardware):
     """Print what was chosen and why."""
     n, size = len(agent.tasks), sum(p.numel() for p in agent.wm.parameters())
-    ends = f"; scalar rewards, {'seen' if agent.beside else 'learnt'} ends" if a.ends else ""
+    origin = a.data_dir or "own roll-outs"
+    model = f"from {a.checkpoint}" if a.checkpoint else f"--model-size {a.model_size}"
+    ends = f", {'seen' if agent.beside else 'learnt'} ends" if a.ends else ""
     print(f"PWM on {n} task{'s' * (n > 1)} ({a.task}), seed {a.seed}, {hardware}, "
-          f"{'bfloat16 products' if a.bf16 else 'float32'}, "
           f"{'compiled' if a.compile else 'eager'}, {a.workers} roll-out workers\n"
-          f"world model of {size:,} parameters, "
-          + (f"from {a.checkpoint}" if a.checkpoint else f"--model-size {a.model_size}")
-          + (f", data from {a.data_dir}" if a.data_dir else ", own data") + ends)
+          f"world model of {size:,} parameters, {model}, data from {origin}{ends}")
     if not a.eval_only:
         print(f"budget: {a.rounds} rounds, {a.wm_steps} model updates ({a.wm_batch} x "
-              f"{a.wm_horizon} steps), {a.policy_steps} policy updates ({n} x {a.policy_batch} x "
-              f"{a.horizon} imagined steps, {a.critic_passes} x {CRITIC_BATCHES} critic steps)")
+              f"{a.wm_horizon} steps), {a.policy_steps} policy updates ({n} x {a.policy_batch} x {a.horizon} "
+              f"imagined steps, {a.critic_passes} x {CRITIC_BATCHES} critic steps)")
     print(f"run folder {run.dir}", flush=True)
 
 

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.nn as nn
 
-import data
 import envs
 import pwm
 from studies import ablations, ball_wall, curves, double_pendulum, latency, shac, stiffness, tdmpc2
@@ -25,6 +23,13 @@ def folder(tmp_path, monkeypatch):
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def agent_of(cls, task, **flags):
+    """An agent of a study for tasks, on the CPU."""
+    tasks, cpu = task.split(","), torch.device("cpu")
+    args = pwm.Args(task=task, device="cpu", compile=False, workers=1, **flags)
+    return cls(pwm.fill_args(args, cpu, tasks), tasks, cpu)
 
 
 def last_run():
@@ -84,9 +89,7 @@ def test_planner_finds_the_best_action_and_respects_masks():
 
 
 def test_tdmpc2_value_and_prior_learn():
-    args = pwm.Args(task="cup-catch,walker-walk", model_size=1, device="cpu", compile=False)
-    tasks, cpu = args.task.split(","), torch.device("cpu")
-    agent = tdmpc2.Agent(pwm.fill_args(args, cpu, tasks), tasks, cpu)
+    agent = agent_of(tdmpc2.Agent, "cup-catch,walker-walk", model_size=1)
     g, opt = pgen(), agent.opt["model"]
     rew = torch.ones(4, 32)
     batch = pwm.Batch(torch.randn(5, 32, 24, generator=g), torch.rand(4, 32, 6, generator=g), rew,
@@ -134,11 +137,8 @@ def test_planner_study_runs_and_its_checkpoint_serves_again(folder):
     file = last_run() / "checkpoint.pt"
     heads = tdmpc2.load_tdmpc2(pwm.load_world_model(file), file)
     assert len(heads.q.weight[0]) == 2
-    for bad, words in ((dict(planner_episodes=0), "--planner-episodes 0"),
-                       (dict(task="Pendulum-v1"), "--ends|101 classes|scalar head|Pendulum")):
-        if bad.get("task") is None:
-            with pytest.raises(SystemExit, match=words):
-                tdmpc2.main(tdmpc2.Args(device="cpu", workers=1, **bad))
+    with pytest.raises(SystemExit, match="--planner-episodes 0"):
+        tdmpc2.main(tdmpc2.Args(device="cpu", workers=1, planner_episodes=0))
 
 
 # --------------------------------------------------------------------------------------- ablations
@@ -210,11 +210,9 @@ def test_ablations_train_variants_on_the_same_data(folder, capsys, monkeypatch):
 
 
 def test_ablation_activations_are_of_the_models():
-    for agent, activation in ((ablations.MishAgent, "mish"), (ablations.ReluAgent, "relu")):
-        args = pwm.Args(task="cup-catch", model_size=1, device="cpu", compile=False)
-        made = agent(pwm.fill_args(args, torch.device("cpu"), ["cup-catch"]), ["cup-catch"],
-                     torch.device("cpu"))
-        assert made.wm.activation == activation
+    for kind in ("mish", "relu"):
+        made = agent_of(ablations.AGENTS[kind], "cup-catch", model_size=1)
+        assert made.wm.activation == kind
 
 
 def test_claims_are_judged_by_paired_differences():
@@ -366,10 +364,8 @@ HOPPER = "studies.plants:planar-hopper"
 
 
 def shac_agent(seed=1):
-    cpu, flags = torch.device("cpu"), dict(shac.BUDGET, policy_batch=3, horizon=4)
-    args = pwm.Args(task=HOPPER, ends=True, wm_steps=0, device="cpu", compile=False, workers=1,
-                    seed=seed, **flags)
-    agent = shac.Agent(pwm.fill_args(args, cpu, [HOPPER]), [HOPPER], cpu)
+    flags = dict(shac.BUDGET, policy_batch=3, horizon=4, ends=True, wm_steps=0, seed=seed)
+    agent = agent_of(shac.Agent, HOPPER, **flags)
     agent.beside = agent.Beside(agent.args, HOPPER, agent.facts[0], None)
     return agent
 
@@ -421,9 +417,8 @@ def test_shac_and_the_verdict_on_stiffness(folder, capsys, monkeypatch):
 
 
 def test_bodies_do_what_imagination_does_and_tell_which_windows_ended():
-    task, cpu = "studies.bodies:hopper", torch.device("cpu")
-    args = pwm.Args(task=task, policy_batch=16, device="cpu", compile=False, workers=1)
-    agent = pwm.Agent(pwm.fill_args(args, cpu, [task]), [task], cpu)
+    task = "studies.bodies:hopper"
+    agent = agent_of(pwm.Agent, task, policy_batch=16)
     assert agent.args.horizon == 6 and agent.args.policy_lr == 3e-4 and agent.args.critic_lr == 1e-3
     lasts = [x.actors.mu.weight[-1].abs().max() for x in (agent, shac_agent())]
     assert lasts[0] < 0.002 < 0.05 < lasts[1]  # begins by doing next to nothing; SHAC as published
@@ -477,11 +472,3 @@ def test_curves_of_a_run(folder):
     assert Path(made["picture"]).stat().st_size > 5000
     with pytest.raises(SystemExit, match="is not there"):
         curves.main(curves.Args(task="nowhere"))
-
-
-@pytest.mark.parametrize("study", [ablations, ball_wall, double_pendulum, latency, shac, stiffness,
-                                   tdmpc2])
-def test_pwm_studies_have_flags_with_docs(study):
-    assert {"task", "seed", "fast", "workers"} <= {f.name for f in dataclasses.fields(study.Args)}
-    assert f"python -m studies.{study.__name__.split('.')[1]}" in study.__doc__
-    assert data.flag("save_every") == "--save-every"
