@@ -409,10 +409,10 @@ class RSSM(nn.Module):
     """D2P on DreamerV3: h' = mean_i core_i(h, z, a_Gi), prior p(z' | h'), posterior q(z' | h', e).
 
     groups: None for one core that sees all actions, DreamerV3 itself. Each of k sub-cores has its
-    own embedding of its actions, hidden layer (g blocks of width / g units) and GRU; they share h, z
-    and embeddings of both (U each). Every h_i' has size D, so `width` is what matches sizes. No loop
-    over groups: first layers are one masked product, later ones are batched, and [h, embeddings] is
-    never copied k times, because its parts have their own products.
+    own embedding of its actions, hidden layer (g blocks of width / g units) and GRU; they share h,
+    z and embeddings of both (U each). Every h_i' has size D, so `width` is what matches sizes. No
+    loop over groups: first layers are one masked product, later ones are batched, and
+    [h, embeddings] is never copied k times, because its parts have their own products.
     """
 
     apart = ("act_weight", "act_bias", "act_gain", "hid_gain")  # see `Stacked`
@@ -844,9 +844,9 @@ def nmse(pred, true, spread):
 def measure_latents(encoder, dynamics, sampler, batch=2048):
     """Held-out open-loop errors of latents after h steps; sampler: slices of 10 steps.
 
-    logged: as in training; per_step_mse: mean of 3 steps; fast_mse_1: on the tenth of steps with the
-    largest state change (mostly contacts); latent_nmse_h: over the latents' variance; state_nmse_h:
-    read out by a ridge probe; persistence: nothing changes.
+    logged: as in training; per_step_mse: mean of 3 steps; fast_mse_1: on the tenth of steps with
+    the largest state change (mostly contacts); latent_nmse_h: over the latents' variance;
+    state_nmse_h: read out by a ridge probe; persistence: nothing changes.
     """
     generator = torch.Generator(next(encoder.parameters()).device).manual_seed(0)
     obs = sampler.sequences(batch, generator)[0]
@@ -996,7 +996,7 @@ def verdict(mean, low, high, better_than_controls=True):
 
 
 def plan(args, groups):
-    """{variant: (groups, width)} to compare: one model, and ED2 unless all actions are one group."""
+    """{variant: (groups, width)}: one model, and ED2 unless all actions are one group."""
     count, full = counter(args.wm, args.model_size, args.agg)
     single = [sorted(j for G in groups for j in G)]
     if len(groups) == 1:
@@ -1020,14 +1020,14 @@ def cells_of(args, models):
 
 def paired_rows(results):
     """One row per metric from {variant: cells of equal seeds}: means, relative change, interval."""
-    first, rows = results["single"][0], []
-    for metric in list(first)[list(first).index("dynamics_params"):]:
-        if metric not in ("cell", "seconds"):
-            values = {v: [c[metric] for c in cells] for v, cells in results.items()}
-            rows.append({"metric": metric} | {v: float(np.mean(x)) for v, x in values.items()})
+    names, rows = list(results["single"][0]), []
+    for metric in names[names.index("dynamics_params"):names.index("cell")]:
+        values = {v: [c[metric] for c in cells] for v, cells in results.items()}
+        row = {"metric": metric} | {v: float(np.mean(x)) for v, x in values.items()}
         if len(results) > 1:
             single, ed2 = values.values()
-            rows[-1] |= zip(("change", "low", "high"), relative_change(ed2, single))
+            row |= zip(("change", "low", "high"), relative_change(ed2, single))
+        rows.append(row)
     return rows
 
 
@@ -1098,12 +1098,14 @@ def check(args):
                          f"{', '.join(sizes)}")
     if args.wm == "dreamerv3":
         data.refuse(args, "agg", "only TD-MPC2 reads it; DreamerV3 averages recurrent states")
+    if args.data_dir and not args.resume:
+        data.refuse(args, "data_steps", "the episodes are those of --data-dir")
     if args.partition != "sd2":
         data.refuse(args, "eta", f"--partition {args.partition} does not read it")
     least = 1 if args.wm == "tdmpc2" else 9  # DreamerV3's first 8 steps are not measured
-    names = ("seeds", "workers", "updates", "batch", "data_steps")
-    data.check_ranges(args, {k: (1, None) for k in names} | dict(
-        seed=(0, None), length=(least, None), lr=(0, 1), eta=(-1, 1), save_every=(0, None)))
+    ranges = {k: (1, None) for k in ("seeds", "workers", "updates", "batch", "data_steps")}
+    ranges |= {"seed": (0, None), "save_every": (0, None), "length": (least, None), "lr": (0, 1)}
+    data.check_ranges(args, ranges | {"eta": (-1, 1)})
 
 
 def fill(args):
@@ -1120,8 +1122,8 @@ def main(args: Args):
     check(args)
     args = fill(args)
     run = Run("ed2", args)
-    print(f"ED2 on {args.task} in {run.dir}:",
-          *(f"{k} {v}," for k, v in asdict(args).items() if v is not None), flush=True)
+    shown = {k: v for k, v in asdict(args).items() if k not in ("resume", "track", "save_every")}
+    print(f"ED2 in {run.dir}:", *(f"{k} {v}," for k, v in shown.items()), flush=True)
     try:
         return run.finish(compare(args, run))
     except KeyboardInterrupt:
