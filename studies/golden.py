@@ -32,8 +32,8 @@ CASES = {  # name: (words of the command, seconds after which the second run is 
     "ed2_tdmpc2": ("ed2.py --task cup-catch --updates 40 --data-steps 8000 --seeds 2 --workers 1", 14),
     "ed2_dreamerv3": ("ed2.py --task cup-catch --wm dreamerv3 --updates 8 --batch 4 --length 16 --data-steps 8000 "
                       "--seeds 1 --workers 1", 20),
-    "ed2_online": ("ed2.py --task cup-catch --mode online --updates 2500 --batch 4 --length 8 --train-ratio 1 "
-                   "--workers 1", 14),
+    "ed2_online": ("studies.ed2_online --task cup-catch --updates 250 --batch 4 --length 8 --train-ratio 1 "
+                   "--workers 1", 20),
     "mow": ("mow.py --steps 90 --random-steps 60 --warmup 20 --eval-episodes 2 --atari frame_cap 400 "
             "--save-every 0", 14),
     "mow_storm": ("mow.py --task Boxing --storm --steps 90 --random-steps 60 --eval-episodes 2 --atari "
@@ -58,10 +58,11 @@ def read(folder):
 
 
 def start(words, folder):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE)}
     with open(Path(folder) / "log.txt", "a") as log:
         script, *rest = words.split()
-        return subprocess.Popen([sys.executable, HERE / script, *rest], cwd=folder, env=env, stdout=log, stderr=log,
+        program = ["-m", script] if script.startswith("studies.") else [HERE / script]
+        return subprocess.Popen([sys.executable, *program, *rest], cwd=folder, env=env, stdout=log, stderr=log,
                                 start_new_session=True)
 
 
