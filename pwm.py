@@ -1171,8 +1171,8 @@ def announce(run, a, agent, hardware):
           f"world model of {size:,} parameters, {model}, data from {origin}{ends}")
     if not a.eval_only:
         print(f"budget: {a.rounds} rounds, {a.wm_steps} model updates ({a.wm_batch} x "
-              f"{a.wm_horizon} steps), {a.policy_steps} policy updates ({n} x {a.policy_batch} x {a.horizon} "
-              f"imagined steps, {a.critic_passes} x {CRITIC_BATCHES} critic steps)")
+              f"{a.wm_horizon} steps), {a.policy_steps} policy updates ({n} x {a.policy_batch} x "
+              f"{a.horizon} imagined steps, {a.critic_passes} x {CRITIC_BATCHES} critic steps)")
     print(f"run folder {run.dir}", flush=True)
 
 
