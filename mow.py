@@ -766,8 +766,7 @@ def descend(loss, opt, max_norm):
 
 
 def draw_seed(*numbers):
-    """One 63-bit seed out of several numbers: what is random depends on (seed, step) alone, and no
-    generator has to be saved."""
+    """One 63-bit seed out of (seed, purpose, step ..): no generator has to be saved."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -976,8 +975,8 @@ def find_clusters(agent, frames):
 class Stage:
     """R environments of every task in lock step, and what the agent remembers of their episodes.
 
-    seed(k, r, n): of episode n. Without a fleet (the other processes of torchrun) nothing happens.
-    finished: [step, environment, return, success] of every episode that has ended."""
+    seed(k, r, n): of episode n. finished: [step, environment, return, success] of every episode
+    that has ended. Without a fleet (on the other ranks of torchrun) nothing happens."""
     STATE = "memory", "first", "finished", "episode", "ret", "success", "steps"
 
     def __init__(self, agent, fleet, R, seed):
@@ -987,8 +986,7 @@ class Stage:
         self.episode, self.ret, self.success = [0] * J, [0.0] * J, [0.0] * J
 
     def begin(self, frames=None):
-        """Start all episodes; in a resumed run bring them back to where they were, by playing the
-        actions that are stored in frames."""
+        """Start all episodes, or bring them back to where they were, by the actions in frames."""
         past = []
         for j, new in enumerate(self.first):
             start = 0 if new else int(np.flatnonzero(frames.first[j, :frames.count])[-1])
@@ -1062,19 +1060,19 @@ def note(run, agent, metrics):
 def train(args, run, agent, stage, frames):
     """Random play; a world model of it with one module; clusters of tasks, and a module for each;
     then play, model and agent at once -> what was clustered."""
-    found = {}
-    if args.checkpoint:  # its modules have gone their own ways: clustering would overwrite them
-        found = {"labels": list(agent.wm.labels)}
+    # the modules of a checkpoint have gone their own ways: clustering would overwrite them
+    found = {"labels": list(agent.wm.labels)} if args.checkpoint else {}
     run.keeps(agent=agent, opt=agent.opt, agent_opt=agent.agent_opt, stage=stage, frames=frames,
               found=found)
-    run.expects(random=args.random_steps, warmup=args.warmup, sweeps=args.steps - args.random_steps)
+    warmup, sweeps = 0 if args.checkpoint else args.warmup, args.steps - args.random_steps
+    run.expects(random=args.random_steps, warmup=warmup, sweeps=sweeps)
     stage.begin(frames)
 
     for step in run.steps("random", args.random_steps):
         stage.send(agent.play_randomly, [args.seed, 4, step])
         store(frames, stage.receive())
 
-    for _ in run.steps("warmup", 0 if args.checkpoint else args.warmup):
+    for _ in run.steps("warmup", warmup):
         batch = agent.sample(frames)
         loss, _, metrics = agent.model_loss(batch)
         metrics["grad_norm"] = descend(loss, agent.opt, 1000.0)
@@ -1086,7 +1084,7 @@ def train(args, run, agent, stage, frames):
             found.update(find_clusters(agent, frames))
             run.say(f"clusters of the tasks: {found['labels']}")
 
-    for sweep in run.steps("sweeps", args.steps - args.random_steps):
+    for sweep in run.steps("sweeps", sweeps):
         stage.send(agent.play, [args.seed, 4, args.random_steps + sweep])
         if sweep % args.train_every == 0:  # the environments step while the networks learn
             batch = agent.sample(frames)
@@ -1106,7 +1104,6 @@ def train(args, run, agent, stage, frames):
 # -------------------------------------------------------------------------------------- evaluation
 def evaluate(agent, tasks, options, episodes, seed, choose, film=None):
     """Whole episodes -> per task [(return, success)], and the actions (K, n, A) that were taken.
-
     choose as in Stage.send. film: a list per task for the frames of one episode."""
     K, R, taken = len(tasks), min(episodes, 4), []
     # so many episodes of every environment, whatever their length: no bias to short ones
@@ -1186,6 +1183,7 @@ def plots(agent, frames, finished, history, tasks, folder, columns=12):
         color = "white" if S[k, j] > 0.6 * S.max() else "black"
         ax.text(j, k, f"{S[k, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
     ax.set_yticks(range(K), [f"{t} ({c + 1})" for t, c in zip(tasks, agent.wm.labels)])
+    ax.set_xticks(range(S.shape[1]), range(1, S.shape[1] + 1))
     ax.set(xlabel="expert (numbers: chosen)", ylabel="task (cluster)")
     fig.savefig(folder / "routing.png", dpi=120)
 
@@ -1204,7 +1202,7 @@ def plots(agent, frames, finished, history, tasks, folder, columns=12):
 
 
 def report(tasks, labels, played, run):
-    """The table at the end, also as results.csv -> what of it goes to results.json."""
+    """The table at the end, also as results.csv -> its part of results.json."""
     rows = []
     for k, task in enumerate(tasks):
         ret = {who: np.array(x[k])[:, 0] for who, x in played.items()}
@@ -1313,7 +1311,7 @@ def task_options(args, tasks):
 
 
 def load_checkpoint(agent, file):
-    """Weights and optimisers of another run. SystemExit: no such file, or other sizes."""
+    """Networks and optimisers of another run. SystemExit: no such file, or other sizes."""
     try:
         state = torch.load(file, agent.device, weights_only=True)
         for name, part in (("agent", agent), ("opt", agent.opt), ("agent_opt", agent.agent_opt)):

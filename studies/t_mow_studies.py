@@ -225,7 +225,7 @@ def test_mow_studies_make_their_tables(name, tmp_path, monkeypatch):
         assert rows["monolith_flops"]["products"] == pytest.approx(b["products"], rel=0.05)
     else:
         assert len(rows) == {"two": 2 + 1, "parts": 11}[name] - (name == "two")
-    folder, = (p for p in Path("runs").iterdir() if "__mow_" in p.name)
+    folder, = (p for p in Path("runs").iterdir() if re.search("__mow_[a-z]", p.name))
     if name in ("tokens", "two"):  # all cells are there: nothing is done again
         monkeypatch.setattr(module, "work", None)
         assert module.main(module.Args(resume=str(folder)))["rows"] == r["rows"]
