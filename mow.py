@@ -51,7 +51,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Frames, Run, check_ranges, choose_device, join_ranks, parse, resumed, write_csv
+import data
+from data import Frames, Run, choose_device, join_ranks, write_csv
 from envs import ATARI26, ATARI_SCORES, METAWORLD50, MT10, Fleet, score
 
 
@@ -1250,8 +1251,13 @@ def task_list(text):
 
 
 def settle(args, tasks, device):
-    """Values for all flags that were left out."""
+    """Values for all flags that were left out. SystemExit: flags that nobody reads."""
     K, preset = len(tasks), args.preset
+    if args.eval_only:
+        data.refuse(args, "steps random_steps warmup train_every batch rollouts lr agent_lr gamma "
+                    "lam entropy", "--eval-only does not train")
+    elif args.checkpoint:
+        data.refuse(args, "warmup", "the modules of --checkpoint have their clusters")
     if preset == "auto":
         preset = "gpu" if device.type == "cuda" else "cpu"
     if preset not in PRESETS:
@@ -1278,8 +1284,8 @@ def check(args, K, world):
     """SystemExit: values that cannot work, alone or together."""
     ranges = dict.fromkeys(PRESETS["cpu"], (1, None)) | dict.fromkeys(
         ("seed", "warmup", "lr", "agent_lr", "entropy", "save_every"), (0, None))
-    check_ranges(args, ranges | dict(gamma=(0, 1), lam=(0, 1), clusters=(1, K),
-                                     topk=(1, args.experts)))
+    data.check_ranges(args, ranges | dict(gamma=(0, 1), lam=(0, 1), clusters=(1, K),
+                                          topk=(1, args.experts)))
     size, longest = args.sizes, args.context + args.horizon
     least = {name: name not in ("emb", "shared_layers") for name in size}
     for wrong, words in (
@@ -1342,7 +1348,7 @@ def main(args: Args, make_agent=Agent):
     """Run everything and return what results.json holds (None on the other ranks of torchrun).
 
     make_agent: a subclass of Agent, for a study."""
-    args = resumed(args) if args.resume else args
+    args = data.resumed(args) if args.resume else args
     device, why = choose_device(args.device)
     tasks = task_list(args.task)
     args = settle(args, tasks, device)
@@ -1401,4 +1407,4 @@ for _x, _n in SIZES["cpu"].items():
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__, MOVED))
+    main(data.parse(Args, __doc__, MOVED))

@@ -613,15 +613,18 @@ def test_checkpoint_of_another_run_plays_and_goes_on(mow_run, tmp_path, monkeypa
     whole, folder = mow_run
     monkeypatch.chdir(tmp_path)
     given = dict(task=GAMES, checkpoint=str(folder / "checkpoint.pt"))
-    result = mow.main(mow.Args(eval_only=True, **given, **MOW_TINY))
+    play = {k: v for k, v in MOW_TINY.items() if k in (
+        "length", "context", "horizon", "sizes", "atari", "eval_episodes", "compile", "bf16")}
+    result = mow.main(mow.Args(eval_only=True, **given, **play))
     assert result["rows"] == whole["rows"] and "history" not in result
-    more = mow.main(mow.Args(**given, **MOW_TINY | dict(steps=26)))
+    more = mow.main(mow.Args(**given, **MOW_TINY | dict(steps=26, warmup=None)))
     assert more["clusters"] == {"labels": whole["clusters"]["labels"]}
     assert more["history"][0]["updates"] == 50
-    for words, task, file in ((("does not fit", "tasks and sizes"), "Pong", given["checkpoint"]),
+    for words, task, file in ((("does not fit",), "Pong", given["checkpoint"]),
+                              (("add --checkpoint",), "Pong", None),
                               (("cannot be read",), "Pong", "nowhere.pt")):
         with says(*words):
-            mow.main(mow.Args(task=task, checkpoint=file, eval_only=True, **MOW_TINY))
+            mow.main(mow.Args(task=task, checkpoint=file, eval_only=True, **play))
 
 
 def test_bfloat16_stays_close_to_float32(tmp_path):
@@ -691,7 +694,8 @@ def test_metaworld_and_mixed_runs(tmp_path, monkeypatch):
     (("--length 12 or more",), dict(task=GAMES, context=4, horizon=8, length=11)),
     (("--batch 0", "at least 1"), dict(task=GAMES, batch=0)),
     (("--gamma 2", "0 to 1"), dict(task=GAMES, gamma=2.0)),
-    (("add --checkpoint",), dict(task=GAMES, eval_only=True)),
+    (("--steps 44", "does not train"), dict(task=GAMES, eval_only=True)),
+    (("--warmup 4", "clusters"), dict(task=GAMES, checkpoint="other.pt")),
     (("args.json",), dict(resume="nowhere")), (("no GPU",), dict(device="cuda")),
     (("multiples of 3",), dict(task="Pong", WORLD_SIZE="3")),
     (("replay of 1 x 100,000", "GB free"), dict(task="Pong", steps=100_000, free=10**6))])
