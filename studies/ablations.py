@@ -289,7 +289,7 @@ def main(args):
     figures = ["efficiency.png"] if args.eval_every else []
     if figures:
         figure_efficiency(run.dir / "efficiency.png", made, wanted, args)
-    return finish(run, "ablations", dict(tasks=tasks, rows=rows, cells=made), figures)
+    return finish(run, "ablation", dict(tasks=tasks, rows=rows, cells=made), figures)
 
 
 if __name__ == "__main__":
