@@ -92,6 +92,8 @@ def test_savi_baselines_score_as_expected():
     score = {name: savi.fg_ari(true, m) for name, m in masks.items()}
     assert score["one slot"] == 0 and score["k-means rgb"] == 1 and abs(score["random"]) < 0.1
     assert score["k-means xy"] > 0.9 and score["grid 7x1"] < 1
+    whole = {name: savi.ari(true, m) for name, m in masks.items()}  # with the background
+    assert whole["k-means rgb, all"] == 1 and (masks["k-means rgb, all"] > 0).any()
     assert len(np.unique(masks["grid 2x3"])) == 6
 
 
