@@ -44,6 +44,7 @@ import math
 import os
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -65,12 +66,12 @@ class Args:
     """of networks, data and everything random"""
     storm: bool = False
     """the single-task baseline: one cluster, one expert, no embedding, router or harmonious loss"""
-    preset: str = "auto"
-    """values of the flags below that were left out: cpu, gpu or paper; auto looks at the device"""
+    preset: Literal["auto", "cpu", "gpu", "paper"] = "auto"
+    """values of the flags below that were left out; auto looks at the device"""
     fast: bool = False
     """the whole pipeline in about a minute; nothing is learnt"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute"""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """torch.compile for world model, imagination, agent and acting; on a CPU it costs minutes"""
     bf16: bool = field(default_factory=torch.cuda.is_available)
@@ -1260,8 +1261,6 @@ def settle(args, tasks, device):
         data.refuse(args, "warmup", "the modules of --checkpoint have their clusters")
     if preset == "auto":
         preset = "gpu" if device.type == "cuda" else "cpu"
-    if preset not in PRESETS:
-        raise SystemExit(f"--preset {preset}: expected auto, cpu, gpu or paper")
     values, sizes = {**PRESETS[preset], **(FAST if args.fast else {})}, SIZES[preset]
     if preset == "paper":
         values["rollouts"] = 1024 if K == 1 else values["rollouts"]

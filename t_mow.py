@@ -689,7 +689,6 @@ def test_metaworld_and_mixed_runs(tmp_path, monkeypatch):
     (("positive numbers",), dict(task=GAMES, sizes=dict(stem=0))),
     (("--sizes depth", "expected some of stem"), dict(task=GAMES, sizes=dict(depth=3))),
     (("--atari lives", "expected some of sticky"), dict(task=GAMES, atari=dict(lives=3))),
-    (("--preset huge", "cpu, gpu or paper"), dict(task=GAMES, preset="huge")),
     (("--random-steps 4", "--length 8"), dict(task=GAMES, random_steps=4)),
     (("--length 12 or more",), dict(task=GAMES, context=4, horizon=8, length=11)),
     (("--batch 0", "at least 1"), dict(task=GAMES, batch=0)),

@@ -9,6 +9,7 @@ Rule: batching `pays` if for six tasks experts and critics together take less ti
 """
 import time
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from studies.mow_diagnosis import TINY, run_cells
 class Args(StudyArgs):
     task: str = "atari26"
     """the first games of this list are used"""
-    preset: str = "auto"
+    preset: Literal["auto", "cpu", "gpu", "paper"] = "auto"
     """sizes and batches, as in mow.py"""
     seeds: int = 1
     """one: this is a measurement of time"""

@@ -12,6 +12,7 @@ import functools
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class ModelArgs(StudyArgs):
     """Flags of studies that train world models on random play, tested on its last fifth."""
     task: str = "Boxing,Krull,RoadRunner"
     """games, as in mow.py"""
-    preset: str = "auto"
+    preset: Literal["auto", "cpu", "gpu", "paper"] = "auto"
     """sizes, as in mow.py"""
     random_steps: int = 300
     """steps of random play per task"""

@@ -10,6 +10,7 @@ Rule: a variant is `better` or `worse` than mow.py if the 95 % interval of the d
 scores, paired by seed, lies on one side of 0; fewer than three seeds decide nothing.
 """
 from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class Args(StudyArgs):
     """a game, as in mow.py"""
     steps: int = 2500
     """agent steps"""
-    preset: str = "auto"
+    preset: Literal["auto", "cpu", "gpu", "paper"] = "auto"
     """sizes and batches, as in mow.py"""
     sizes: dict[str, int] = field(default_factory=dict)
     """sizes of networks other than the preset's, as in mow.py"""
