@@ -138,7 +138,7 @@ def main(args):
                 "auc_ratio": "area / scratch", "auc_ratio_sd": "+-",
                 "until_scratch": "until scratch", "open_loop_psnr": "open loop", "ssim": "SSIM",
                 "dyn_kl": "KL", "forgetting": "change of old tasks", "verdict": "verdict"})
-    far = "_far" if args.task != Args.task else ""
+    far = "_far" if tasks[-1].startswith("mw-") else ""  # a robot after games
     return finish(run, f"mow_transfer{far}", dict(rows=rows, cells=found), ["curve.png"])
 
 
