@@ -147,7 +147,7 @@ def fit_model(wm, data, horizon, updates, lr, batch, gen):
         mine = Batch(obs[t, e], act[t[:-1], e], rew[t[:-1], e], term, term + 1, e * 0)
         loss, *_ = pwm.world_model_loss(wm, mine)
         pwm.descend(loss, opt, 20.0)
-    return float(loss)
+    return float(loss.detach())
 
 
 def train_models(data, seed, budget, note):
