@@ -1050,7 +1050,7 @@ def compare(args, run, groups=None):
     rows = paired_rows({v: [c for c in paired if c["variant"] == v] for v in models})
     print(f"\n{args.task}, {args.wm}, held-out data: {', '.join(models)}, change, 95 % interval")
     for row in rows:
-        changes = [f"{x:+.1%}" for k, x in row.items() if k in ("change", "low", "high")]
+        changes = [f"{row[k]:+.1%}" for k in ("change", "low", "high") if row.get(k, math.nan) > -9]
         print(f"{row['metric']:<22}", *(f"{row[v]:>12.4g}" for v in models), *changes)
     result = dict(partition=groups, merges=log, data=notes, table=rows, cells=done)
     if len(models) > 1:

@@ -4,7 +4,7 @@ import tempfile
 from t_head import *  # noqa: F401,F403
 
 # ------------------------------------------------------------------------------------------ ed2.py
-# Two carts: actions 0 and 1 pull the first, action 2 the second. A file: roll-outs import it elsewhere.
+# Two carts: actions 0 and 1 pull the first, 2 the second. A file: roll-outs import it elsewhere.
 TUG = """
 import gymnasium
 import numpy as np
@@ -36,8 +36,9 @@ def ed2_args(**settings):
     """Flags of a run on the two carts that takes seconds."""
     wm = settings.get("wm", "tdmpc2")
     tiny = dict(length=3, model_size="1M") if wm == "tdmpc2" else dict(length=10, model_size="1m")
-    return ed2.Args(**dict(task=TUG_TASK, device="cpu", compile=False, workers=1, seeds=1, updates=12,
-                           batch=4, lr=1e-3, data_steps=1) | tiny | settings)
+    tiny |= dict(task=TUG_TASK, device="cpu", compile=False, workers=1, seeds=1, updates=12)
+    made = {} if "data_dir" in settings else dict(data_steps=1)
+    return ed2.Args(**tiny | dict(batch=4, lr=1e-3) | made | settings)
 
 
 def ed2_run(args, made):
@@ -60,7 +61,7 @@ def ed2_train(model, sampler, args, seed=0, encoder=None, folder=None):
 
 @pytest.fixture(scope="module")
 def tug(tmp_path_factory):
-    """The two carts can be imported, and this folder has their data, once made in spite of a kill."""
+    """The two carts can be imported, and this folder has their data, made in spite of a kill."""
     folder = tmp_path_factory.mktemp("tug")
     (folder / "tug.py").write_text(TUG)
     with pytest.MonkeyPatch.context() as m:
@@ -76,7 +77,7 @@ def tug(tmp_path_factory):
 
 
 def suite_episodes(task, n, folder):
-    """n episodes of uniform random actions, in the layout of ed2.make_data, random and replay alike."""
+    """n episodes of random actions, in the layout of ed2.make_data, random and replay alike."""
     env, rng = envs.make_env(task), np.random.default_rng(0)
     O, A, T = envs.task_facts(task)[:3]
     eps = Episodes.create(folder / "random", {task: (O, A, T)})
@@ -132,7 +133,8 @@ def test_ed2_merging_against_a_slow_reference():
         groups, log = ed2.agglomerate(sim, eta)
         assert groups == slow_agglomerate(sim, eta)
         assert sorted(sum(groups, [])) == list(range(m))
-        assert all(x["done"] == (x["score"] > eta) for x in log) and all(x["done"] for x in log[:-1])
+        assert all(x["done"] == (x["score"] > eta) for x in log)
+        assert all(x["done"] for x in log[:-1])
         assert len(groups) == m - sum(x["done"] for x in log)
         assert ed2.agglomerate(sim, 2.0)[0] == [[i] for i in range(m)]
         assert len(ed2.agglomerate(sim, -2.0)[0]) == 1
@@ -206,7 +208,8 @@ def test_ed2_transitions_stay_inside_episodes(tmp_path):
         obs = 100 * e + np.arange(t + 1)[:, None] + np.zeros(3)
         eps.append("a", obs, obs[:-1, :2] + 0.5, np.zeros(t), np.zeros(t, bool))
     obs, act, delta = ed2.transitions(eps, "a")
-    assert len(obs) == len(act) == 24 and (delta == 1).all() and (act[:, 0] - obs[:, 0] == 0.5).all()
+    assert len(obs) == len(act) == 24
+    assert (delta == 1).all() and (act[:, 0] - obs[:, 0] == 0.5).all()
     few = ed2.transitions(eps, "a", n=7, seed=1)
     assert few[0].shape == (7, 3)
     assert np.array_equal(few[0], ed2.transitions(eps, "a", n=7, seed=1)[0])
@@ -247,7 +250,8 @@ def slow_dynamics(d, z, act, groups):
     hidden, w = [], d.width
     for i, g in enumerate(groups):
         own = slice(i * w, (i + 1) * w)
-        x = torch.cat([z, act[:, g]], 1) @ torch.cat([d.w_z[:, own], d.w_a[g][:, own]]) + d.bias[own]
+        w_in = torch.cat([d.w_z[:, own], d.w_a[g][:, own]])
+        x = torch.cat([z, act[:, g]], 1) @ w_in + d.bias[own]
         x = mish(slow_norm(x, d.gain[i], d.shift[i])) @ d.second.weight[i] + d.second.bias[i, 0]
         hidden.append(mish(slow_norm(x, d.second.gain[i, 0], d.second.shift[i, 0])))
     if d.agg == "hidden":
@@ -319,7 +323,8 @@ def test_ed2_matched_widths_of_dynamics(size, agg, widths):
         assert models == {"single": (every, full), "ed2": (groups, width)}
         assert abs(count(groups, width) / count(every, full) - 1) < 0.04
         wide = ed2.plan(dataclasses.replace(args, match="none"), groups)
-        assert wide["ed2_wide"] == (groups, full) and ed2.plan(args, every) == {"single": (every, full)}
+        assert wide["ed2_wide"] == (groups, full)
+        assert ed2.plan(args, every) == {"single": (every, full)}
     assert size == "1M" or 790_000 < count(every, full) < 803_000
     assert ed2.match_width(lambda w: 10 * w, 803) == 80
     with says("within 5 %", "--match none", "width 8"):
@@ -381,7 +386,8 @@ def test_ed2_two_hot_and_policy_of_tdmpc2():
     mean, s = model.prior(z).chunk(2, -1)
     std = (-10 + 6 * (torch.tanh(s) + 1)).exp()
     squash = torch.distributions.TanhTransform()
-    want = torch.distributions.TransformedDistribution(torch.distributions.Normal(mean, std), squash)
+    normal = torch.distributions.Normal(mean, std)
+    want = torch.distributions.TransformedDistribution(normal, squash)
     act, logp = model.policy(z, noise)
     assert torch.allclose(act, torch.tanh(mean + std * noise)) and act.abs().max() <= 1
     assert torch.allclose(logp, want.log_prob(act).sum(-1), atol=1e-2)
@@ -784,7 +790,8 @@ def test_ed2_dreamer_laprop_against_a_slow_reference():
 
         def __init__(self):
             super().__init__()
-            self.p, self.stacked = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(2, 3, 5))
+            self.p = nn.Parameter(torch.randn(4, 3))
+            self.stacked = nn.Parameter(torch.randn(2, 3, 5))
             self.last = nn.Parameter(torch.zeros(3))
 
     torch.manual_seed(0)
@@ -858,7 +865,8 @@ def test_ed2_relative_change_and_verdict():
 def test_ed2_data_of_the_carts(tug):
     random, replay, notes = ed2.make_data(TUG_TASK, tug, 3000, 1)
     x, y = random.arrays(TUG_TASK), replay.arrays(TUG_TASK)
-    assert x["length"].sum() >= 20_000 and np.abs(x["act"]).max() <= 1 and abs(x["act"].mean()) < 0.02
+    assert x["length"].sum() >= 20_000
+    assert np.abs(x["act"]).max() <= 1 and abs(x["act"].mean()) < 0.02
     assert len(y["length"]) == 48 and len(notes["returns"]) == 3  # 3 rounds of 8 and opposites
     ret = y["rew"].sum(1).reshape(3, 16)
     assert np.allclose([(r.mean(), r.max()) for r in ret], notes["returns"], rtol=1e-4)
@@ -911,9 +919,11 @@ def test_ed2_bad_data(tmp_path, tug):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(agg="post", wm="dreamerv3"), ("--agg post", "TD-MPC2")), (dict(workers=0), ("--workers 0",)),
-    (dict(resume="nowhere"), ("nowhere", "args.json")), (dict(task="walker-wolk"), ("walker-walk",)),
-    (dict(seeds=0), ("--seeds 0",)), (dict(seed=-1), ("--seed -1",)), (dict(device="cuda"), ("no GPU",)),
+    (dict(agg="post", wm="dreamerv3"), ("--agg post", "TD-MPC2")),
+    (dict(resume="nowhere"), ("nowhere", "args.json")), (dict(workers=0), ("--workers 0",)),
+    (dict(seeds=0), ("--seeds 0",)), (dict(seed=-1), ("--seed -1",)),
+    (dict(device="cuda"), ("no GPU",)), (dict(task="walker-wolk"), ("walker-walk",)),
+    (dict(data_dir="x", data_steps=9), ("--data-steps 9", "--data-dir")),
     (dict(model_size="99m", wm="dreamerv3"), ("--model-size 99m", "1m", "12m")),
     (dict(model_size="1m"), ("--model-size 1m", "1M", "5M")), (dict(updates=0), ("--updates 0",)),
     (dict(length=4, wm="dreamerv3"), ("--length 4",)), (dict(lr=-1e-3), ("--lr -0.001",)),
@@ -930,7 +940,7 @@ def test_ed2_bad_flags_get_one_sentence(settings, words, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-# ------------------------------------------------------------------------------ whole runs of ed2.py
+# ---------------------------------------------------------------------------- whole runs of ed2.py
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Smaller models and test sets; runs/ goes to tmp_path."""
@@ -1015,7 +1025,8 @@ def test_ed2_variants_of_a_run(settings, tug, small, capsys):
 
 def test_ed2_compiled_losses_were_compiled_and_agree_with_eager(monkeypatch):
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager", fullgraph=True, **kw))
+    checked = functools.partial(real, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", checked)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     encoder = nn.Sequential(ed2.NormedLinear(4, 16, ed2.simnorm)).requires_grad_(False)

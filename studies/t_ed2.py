@@ -3,15 +3,15 @@ import itertools
 
 from t_head import *  # noqa: F401,F403
 
-from studies import (common, ed2_bodies, ed2_cores, ed2_cost, ed2_discovery, ed2_figures, ed2_online,
-                     ed2_partitions, ed2_tables)
+from studies import (common, ed2_bodies, ed2_cores, ed2_cost, ed2_discovery, ed2_figures,
+                     ed2_online, ed2_partitions, ed2_tables)
 
 spec = importlib.util.spec_from_file_location("top_ed2", Path(HERE, "t_ed2.py"))
 top = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(top)
 globals().update({name: getattr(top, name) for name in (
-    "WALKER CHEETAH HOPPER HUMANOID FULL9 TINY_DREAMER TUG_TASK TUG_GROUPS tug cheetah small ed2_args "
-    "ed2_run recording core_inputs").split()})
+    "WALKER CHEETAH HOPPER HUMANOID FULL9 TINY_DREAMER TUG_TASK TUG_GROUPS tug cheetah small "
+    "ed2_args ed2_run recording core_inputs").split()})
 
 
 # ------------------------------------------------------------------------------------- partitions
@@ -272,7 +272,7 @@ def test_ed2_behaviour_has_the_right_gradient_paths():
 
 
 def test_ed2_reinforce_prefers_rewarded_actions():
-    """A world whose reward is the sign of the action: the policy loss must raise the mean action."""
+    """A world whose reward is the sign of the action: the loss must raise the mean action."""
     model = acting(act_dim=1)
     h, z = torch.zeros(64, 32), torch.zeros(64, 16)
     with torch.no_grad():
@@ -409,7 +409,8 @@ def test_ed2_study_runs_and_does_not_run_finished_cells_again(study, small, monk
         assert len(rows) == 12 and rows[0]["ari_published"] == rows[0]["ari_between_seeds"] == 1
         assert all(ed2_partitions.check_partition(g, 6) for r in rows for g in r["groups"])
     elif study is ed2_cost:
-        assert all(r[f"{x}_ms"] > 0 for r in result["rows"] for x in ("single", "batched", "looped"))
+        names = [f"{x}_ms" for x in ("single", "batched", "looped")]
+        assert all(min(r[x] for x in names) > 0 for r in result["rows"])
     elif study is ed2_bodies:
         assert all(np.isfinite([r[a] for a in ("frozen", "scratch", "linear")]).all()
                    for r in result["rows"])
