@@ -286,7 +286,7 @@ class NormedLinear(nn.Linear):
         self.ln, self.act = nn.LayerNorm(j), act
 
     def forward(self, x):
-        return self.act(self.ln(super().forward(x)))
+        return self.act(self.ln(super().forward(x).float()))
 
 
 class NormedStacked(Stacked):
