@@ -46,7 +46,7 @@ class Args(common.StudyArgs):
     """at which attention has fallen by exp(-1/2), in widths of the picture"""
     sharpness: float = 3.0
     """factor of the attention's logits; without positions in the tokens it has to be larger"""
-    area: float = 2.5e-4
+    area: float = 7e-4
     """weight of the share of the picture that object slots paint, once objects are found"""
     compare: bool = True
     """train savi.py's default too; without it its kept trainings (results/savi_objects.json) serve,
@@ -147,6 +147,9 @@ class PlacedSAVi(savi.SAVi):
         self.narrow, self.background = nn.Linear(dim, 4), Painter(side, 4, 4, 32)
         self.narrow.apply(savi.flax_init)
         self.background.apply(savi.flax_init)
+        for painter, logit in ((decoder, 0.0), (self.background, math.log(args.slots - 1))):
+            nn.init.zeros_(painter.out.weight[-1:])  # at first the background has half of a pixel
+            nn.init.constant_(painter.out.bias[-1:], logit)
         self.register_buffer("grid", cells(side), persistent=False)
         encoder.position.requires_grad_(False)
         encoder.position.weight.zero_()
@@ -197,7 +200,7 @@ def train(model, clips, run, args, area):
         shape = (pairs, 2) if p < 0.35 else (args.batch, args.frames)
         video, _, act, _ = clips.sample(*shape)
 
-        loss, terms = place_loss(model, video, act, area * ramp(p, 0.45, 0.65))
+        loss, terms = place_loss(model, video, act, area * ramp(p, 0.45, 0.85))
 
         for group in opt.param_groups:
             group["lr"] = savi.warm_cosine(step, args.updates, args.lr)
