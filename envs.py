@@ -15,10 +15,10 @@ import contextlib
 import difflib
 import functools
 import importlib
+import itertools
 import math
 import multiprocessing.connection
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -262,12 +262,20 @@ class _Env(gymnasium.Env):
                           f"{self.t} of an episode: check its dynamics and reward")
 
 
-def _rescale(space):
-    """(centre, half width) that map [-1, 1] to finite bounds and leave unbounded entries alone."""
+def _to_bounds(space):
+    """A function act (.., A) in [-1, 1] -> (.., *shape of the space) in its type, and in its bounds
+    where these are finite."""
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     finite = np.isfinite(low) & np.isfinite(high)
     with np.errstate(invalid="ignore"):
-        return np.where(finite, (low + high) / 2, 0.0), np.where(finite, (high - low) / 2, 1.0)
+        centre = np.where(finite, (low + high) / 2, 0.0)
+        half = np.where(finite, (high - low) / 2, 1.0)
+
+    def rescale(act):
+        act = centre + half * act.reshape(*act.shape[:-1], *space.shape)
+        act = np.minimum(np.maximum(act, space.low), space.high)  # rounding may overshoot
+        return act.astype(space.dtype)
+    return rescale
 
 
 class _Suite(_Env):
@@ -280,8 +288,7 @@ class _Suite(_Env):
         self._camera = 2 if task.startswith("quadruped") else 0  # its camera 0 stands 17 m away
         self._physics_error = importlib.import_module("dm_control.rl.control").PhysicsError
         spec = env.action_spec()
-        box = gymnasium.spaces.Box(spec.minimum, spec.maximum, dtype=np.float64)
-        self._centre, self._half = _rescale(box)
+        self._to_bounds = _to_bounds(gymnasium.spaces.Box(spec.minimum, spec.maximum, dtype=float))
         with env.physics.reset_context():
             env.task.initialize_episode(env.physics)
         facts = Facts(len(self._flat()), *spec.shape, 500, 2, 1000.0, False)
@@ -301,7 +308,7 @@ class _Suite(_Env):
     def _advance(self, action):
         # What control.Environment.step does, without its time step objects and without the
         # observation after the first of the two control steps, which nobody sees (tested equal).
-        action, rew = self._centre + self._half * action, 0.0
+        action, rew = self._to_bounds(action), 0.0
         try:
             for _ in range(2):
                 self._plant.before_step(action, self._physics)
@@ -343,7 +350,7 @@ class _Gymnasium(_Env):
             raise SystemExit(f"{task} has actions {space} and observations "
                              f"{env.observation_space}; expected a continuous Box of actions and "
                              "observations that flatten to a vector")
-        self._env, (self._centre, self._half) = env, _rescale(space)
+        self._env, self._to_bounds = env, _to_bounds(space)
         limit = getattr(env.spec, "max_episode_steps", None) or 1000
         found = Facts(flat.shape[0], math.prod(space.shape), limit, 1)
         if facts and facts[:2] != found[:2]:
@@ -360,8 +367,7 @@ class _Gymnasium(_Env):
         return self._flat(self._env.reset(seed=seed)[0])
 
     def _advance(self, action):
-        action = _to_bounds(self._env.action_space, self._centre, self._half, action)
-        rew = 0.0
+        action, rew = self._to_bounds(action), 0.0
         for _ in range(self.facts.action_repeat):
             obs, now, terminated, truncated, info = self._env.step(action)
             rew += now
@@ -423,12 +429,6 @@ class _MetaWorld(_Gymnasium):
         return self._env.render()[::-1].copy()  # the corner cameras hang upside down
 
 
-def _to_bounds(space, centre, half, act):
-    """act (.., A) in [-1, 1] -> (.., *shape of the space) in its bounds and type."""
-    act = centre + half * act.reshape(*act.shape[:-1], *space.shape)
-    return np.clip(act, space.low, space.high).astype(space.dtype)  # rounding may overshoot
-
-
 class _Atari(_Env):
     """An Atari game: uint8 (size, size, 3), all 18 discrete actions; `legal`: those it tells apart.
 
@@ -442,39 +442,31 @@ class _Atari(_Env):
                  frame_cap=108_000):
         if obs != "pixels":
             raise SystemExit(f"{task} has no state: type make_env({task!r}, obs='pixels')")
-        self._env, self._rom = _emulator(task)
-        self._env.setFloat("repeat_action_probability", sticky)
-        self._life_loss, self._noop, self._mode = life_loss, noop, None
-        self._load(seed)
-        self._mode = self._read_mode(task)
-        self._actions = self._env.getLegalActionSet()
-        self.legal = [self._actions.index(a) for a in self._env.getMinimalActionSet()]
-        self._areas = [_areas(n, size) for n in (210, 160)]
         facts = task_facts(task)._replace(obs_dim=3 * size * size,
                                           episode_length=max(1, frame_cap // 4))
         self._setup(task, seed, obs, size, facts, 15)
+        self._env, self._rom = _emulator(task)
+        self._env.setFloat("repeat_action_probability", sticky)
+        self._life_loss, self._noop = life_loss, noop
+        self._load(seed)
+        self._actions = self._env.getLegalActionSet()
+        self.legal = [self._actions.index(a) for a in self._env.getMinimalActionSet()]
+        self._areas = [_areas(n, size) for n in (210, 160)]
         self.action_space = gymnasium.spaces.Discrete(len(self._actions))
-
-    def _read_mode(self, task):
-        """(mode, difficulty) of Game@m<mode>d<difficulty>, None for a bare name."""
-        game, at, variant = task.partition("@")
-        if not at:
-            return None
-        modes, difficulties = self._env.getAvailableModes(), self._env.getAvailableDifficulties()
-        asked = re.fullmatch(r"m(\d+)d(\d+)", variant)
-        asked = asked and (int(asked[1]), int(asked[2]))
-        if not asked or asked[0] not in modes or asked[1] not in difficulties:
-            raise SystemExit(f"{task}: expected {game}@m<mode>d<difficulty> with a mode of "
-                             f"{[*modes]} and a difficulty of {[*difficulties]}")
-        return asked
 
     def _load(self, seed):  # the ALE takes a seed only while it loads a game
         self._env.setInt("random_seed", seed % 2**31)
         self._env.loadROM(self._rom)
-        if self._mode:
-            mode, difficulty = self._mode
-            self._env.setMode(mode)
-            self._env.setDifficulty(difficulty)
+        game, at, variant = self.task.partition("@")
+        if not at:
+            return
+        modes, difficulties = self._env.getAvailableModes(), self._env.getAvailableDifficulties()
+        asked = {f"m{m}d{d}": (m, d) for m, d in itertools.product(modes, difficulties)}
+        if variant not in asked:
+            raise SystemExit(f"{self.task}: expected {game}@m<mode>d<difficulty> with a mode of "
+                             f"{[*modes]} and a difficulty of {[*difficulties]}")
+        self._env.setMode(asked[variant][0])
+        self._env.setDifficulty(asked[variant][1])
 
     def _restart(self, seed):
         if seed is not None:
@@ -653,20 +645,14 @@ def _reacher_three(suite, target_size, seed):
     from dm_control.rl import control
     xml, assets = suite.reacher.get_model_and_assets()
     xml = xml.decode() if isinstance(xml, bytes) else xml
-    arm, motors, limit = "", "", 'limited="true" range="-80 80"'
-    for name, pos, length, joint, limits in (("arm0", "0 0 .01", ".09", "shoulder0", ""),
-                                             ("arm1", ".09 0 0", ".09", "shoulder1", limit),
-                                             ("hand", ".09 0 0", ".10", "wrist", limit)):
-        arm += (f'<body name="{name}" pos="{pos}"><joint name="{joint}" {limits}/><geom '
-                f'name="{name}" type="capsule" fromto="0 0 0 {length} 0 0" size=".01" '
-                'material="self"/>')
-        motors += f'<motor name="{joint}" joint="{joint}"/>'
-    arm += ('<body name="finger" pos=".09 0 0"><camera name="hand" pos="0 0 .2" mode="track"/>'
-            '<geom name="finger" type="sphere" size=".01" material="effector"/>' + 4 * "</body>")
-    head = xml[:xml.index('<body name="arm"')]
-    target = xml[xml.index('<geom name="target"'):xml.index("</worldbody>")]
-    physics = suite.reacher.Physics.from_xml_string(
-        f"{head}{arm}{target}</worldbody><actuator>{motors}</actuator></mujoco>", assets)
+    link = ('<body pos=".12 0 0"><joint name="elbow" limited="true" range="-160 160"/>'
+            '<geom type="capsule" fromto="0 0 0 .12 0 0" size=".01" material="self"/>')
+    for old, new in (('<body name="hand"', f'{link}<body name="hand"'),
+                     ("<!-- Target -->", "</body>"),
+                     ('<motor name="wrist"', '<motor joint="elbow"/><motor name="wrist"'),
+                     ('.12 0 0"', '.09 0 0"'), ("-160 160", "-80 80")):
+        xml = xml.replace(old, new)
+    physics = suite.reacher.Physics.from_xml_string(xml, assets)
     plan = suite.reacher.Reacher(target_size, random=seed)
     return control.Environment(physics, plan, time_limit=20)
 
@@ -728,7 +714,7 @@ class Flock(_Closing):
                              f"actions {space} and observations {seen}; expected {n}, {disabled} "
                              "and Boxes")
         self.task, self.n, self.seed, self.facts = task, n, seed, task_facts(task)
-        self._env, self._space, self._scale = vector, space, _rescale(space)
+        self._env, self._to_bounds = vector, _to_bounds(space)
         self.t, self._episode = np.zeros(n, int), np.zeros(n, int)
         self._acts = np.zeros((n, self.facts.episode_length, self.facts.act_dim), np.float32)
 
@@ -736,19 +722,23 @@ class Flock(_Closing):
         """Free the simulations."""
         self._env.close()
 
-    def _start(self, rows, seeds):
-        """Begin an episode in some rows -> obs (len(rows), O)."""
-        mask, every = np.zeros(self.n, bool), [None] * self.n
-        mask[rows] = True
-        for i, seed in zip(rows, seeds):
-            every[i] = seed
-        obs, _ = self._env.reset(seed=every, options={"reset_mask": mask})
-        return self._finite("observation", obs.reshape(self.n, -1))[rows]
+    def _begin(self, mask, obs):
+        """Begin the next episode of the rows in mask (n,) -> obs (n, O) with its first ones."""
+        if not mask.any():
+            return obs
+        seeds = [None] * self.n
+        for i in np.flatnonzero(mask):
+            key = np.random.SeedSequence([self.seed, i, self._episode[i]])
+            seeds[i] = int(key.generate_state(1)[0])
+        first, _ = self._env.reset(seed=seeds, options={"reset_mask": mask})
+        self._episode[mask] += 1
+        self.t[mask] = 0
+        first = first.reshape(self.n, -1)
+        return np.where(mask[:, None], self._finite("observation", first), obs)
 
     def _move(self, act):
         """act (n, A) -> obs (n, O), rew (n,), terminated, truncated."""
-        act = _to_bounds(self._space, *self._scale, act)
-        obs, rew, terminated, truncated, _ = self._env.step(act)
+        obs, rew, terminated, truncated, _ = self._env.step(self._to_bounds(act))
         return (self._finite("observation", obs.reshape(self.n, -1)), self._finite("reward", rew),
                 terminated.copy(), truncated.copy())
 
@@ -757,15 +747,9 @@ class Flock(_Closing):
             raise SystemExit(f"{self.task}: the vector environment gave a non-finite {what}")
         return x.astype(np.float32)
 
-    def _begin(self, rows):
-        keys = [np.random.SeedSequence([self.seed, i, self._episode[i]]) for i in rows]
-        self._episode[rows] += 1
-        self.t[rows] = 0
-        return self._start(rows, [int(key.generate_state(1)[0]) for key in keys])
-
     def reset(self):
         """Start an episode in every row -> obs (n, O) float32."""
-        return self._begin(np.arange(self.n))
+        return self._begin(np.ones(self.n, bool), np.float32(0))
 
     def step(self, act):
         """See beside."""
@@ -775,9 +759,7 @@ class Flock(_Closing):
         last, rew, terminated, truncated = self._move(act)
         self.t += 1
         truncated |= (self.t >= self.facts.episode_length) & ~terminated
-        obs = last.copy()
-        if len(rows := np.flatnonzero(terminated | truncated)):
-            obs[rows] = self._begin(rows)
+        obs = self._begin(terminated | truncated, last)
         return obs, rew, terminated, truncated, last
 
     def state_dict(self):
@@ -787,17 +769,15 @@ class Flock(_Closing):
     def load_state_dict(self, state):
         """Go on from what state_dict gave, as arrays or tensors -> obs (n, O) float32."""
         t, episode, self._acts = (np.asarray(state[k]).copy() for k in ("t", "episode", "acts"))
-        every = np.arange(self.n)
-        obs, self._episode = self._start(every, [0] * self.n), episode - 1
+        obs = self.reset()
         for left in range(t.max(), -1, -1):  # rows begin so that all arrive at the same time
-            if len(rows := np.flatnonzero(t == left)):
-                obs[rows] = self._begin(rows)
+            self._episode = np.where(t == left, episode - 1, self._episode)
+            obs = self._begin(t == left, obs)
             if left:
-                act = self._acts[every, np.maximum(t - left, 0)]
+                act = self._acts[np.arange(self.n), np.maximum(t - left, 0)]
                 obs, _, terminated, truncated = self._move(act)
-                if len(rows := np.flatnonzero((terminated | truncated) & (t < left))):
-                    obs[rows] = self._start(rows, [0] * len(rows))
-        self.t = t
+                self._begin((terminated | truncated) & (t < left), obs)  # it still waits
+        self.t, self._episode = t, episode
         return obs
 
 
@@ -819,14 +799,13 @@ def _spawn():
 
 
 def _serve(fd):
-    """A process: a message names a method of its _Place; the answer is its result, or a sentence (a
-    str) if it fails."""
+    """A process: {slot: order} comes, {slot: result} goes, or a sentence (a str) if one fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     conn, place = multiprocessing.connection.Connection(fd), _Place()
     try:
         while True:
-            method, orders = conn.recv()
-            conn.send(getattr(place, method)(orders))
+            orders = conn.recv()
+            conn.send({slot: place.obey(slot, *order) for slot, order in orders.items()})
     except (EOFError, ConnectionError):  # the parent closed the pipe or was killed
         return
     except SystemExit as error:
@@ -838,50 +817,43 @@ def _serve(fd):
 
 
 class _Place:
-    """Environments in numbered slots. Answers {slot: (what env.step gave or None, first observation
-    of an episode that has begun or None)}."""
+    """Environments in numbered slots of a process."""
 
     def __init__(self):
         self.task, self.envs, self.idle = "", {}, {}  # idle {task: [env]}: they are slow to make
 
-    def start(self, orders):
-        """{slot: (task, seed, ..)}: begin episodes."""
-        return {slot: (None, self._start(slot, *order)) for slot, order in orders.items()}
+    def obey(self, slot, action, following):
+        """One step, or none if action is None; then, unless an episode goes on, begin `following`:
+        (task, seed, ..) or None -> what env.step gave or None, what _begin gave or None."""
+        step = None
+        if action is not None:
+            env = self.envs[slot]
+            self.task = env.task
+            step = env.step(action)
+            if not (step[2] or step[3]):
+                return step, None
+            if following is None or following[0] != env.task:
+                self.idle.setdefault(env.task, []).append(self.envs.pop(slot))
+        return step, self._begin(slot, *following) if following else None
 
-    def _start(self, slot, task, seed, actions=(), options=None):
+    def _begin(self, slot, task, seed, actions=(), options=None):
+        """Play `actions` of a new episode -> obs, the actions that a game tells apart or None."""
         self.task = task
         if slot not in self.envs:
             idle = self.idle.get(task)
             self.envs[slot] = idle.pop() if idle else make_env(task, **options or {})
-        obs, _ = self.envs[slot].reset(seed=seed)
-        for action in actions:
-            obs = self.envs[slot].step(action)[0]
-        return obs
-
-    def step(self, orders):
-        """{slot: (action, what to begin if this ends the episode)}: one step each."""
-        return {slot: self._step(slot, *order) for slot, order in orders.items()}
-
-    def _step(self, slot, action, following):
         env = self.envs[slot]
-        self.task = env.task
-        step = env.step(action)
-        if not (step[2] or step[3]):
-            return step, None
-        if following is None or following[0] != env.task:
-            self.idle.setdefault(env.task, []).append(self.envs.pop(slot))
-        return step, self._start(slot, *following) if following else None
-
-    def legal(self, slots):
-        """The actions that a game tells apart, None for other tasks."""
-        return {slot: getattr(self.envs[slot], "legal", None) for slot in slots}
+        obs, _ = env.reset(seed=seed)
+        for action in actions:
+            obs = env.step(action)[0]
+        return obs, getattr(env, "legal", None)
 
 
 class _Pool(_Closing):
     """n processes (context manager); slot s is in process s % n."""
 
     def __init__(self, n):
-        self.n, self.procs, self._asked = n, [_spawn() for _ in range(n)], []
+        self.n, self.procs, self._asked = n, [_spawn() for _ in range(n)], {}
 
     def close(self):
         """Stop all processes."""
@@ -895,15 +867,14 @@ class _Pool(_Closing):
                 process.wait()
         self.procs = []
 
-    def post(self, method, orders):
-        """Send orders {slot: ..}; returns at once."""
-        shares = {}
+    def post(self, orders):
+        """Send orders {slot: (action or None, what to begin)}; returns at once."""
+        self._asked = {}
         for slot, order in orders.items():
-            shares.setdefault(slot % self.n, {})[slot] = order
-        for i, share in shares.items():
+            self._asked.setdefault(slot % self.n, {})[slot] = order
+        for i, share in self._asked.items():
             with contextlib.suppress(OSError):  # it died: collect will say so
-                self.procs[i][1].send((method, share))
-        self._asked = list(shares)
+                self.procs[i][1].send(share)
 
     def collect(self):
         """{slot: answer} to what was posted. SystemExit: the sentence of what went wrong there."""
@@ -980,9 +951,9 @@ class Workers(_Pool):
         self.procs = self.procs or [_spawn() for _ in range(self.n)]
         self._play = play = _Lockstep(jobs, self.max_envs, progress)
         try:
-            self.post("start", {slot: play.order(slot) for slot in range(len(play.queues))})
+            self.post({slot: (None, play.order(slot)) for slot in range(len(play.queues))})
             while play.take(self.collect()):
-                self.post("step", play.act(policy))
+                self.post(play.act(policy))
         except BaseException:  # also Ctrl-C: an answer may be under way, start afresh
             self.close()
             raise
@@ -1014,7 +985,7 @@ class Workers(_Pool):
         print(f"{how}; its unfinished episodes start again", file=sys.stderr)
         self.procs[i][1].close()
         self.procs[i] = _spawn()
-        self.procs[i][1].send(("start", orders))
+        self.procs[i][1].send({slot: (None, order) for slot, order in orders.items()})
 
 
 class _Lockstep:
@@ -1067,7 +1038,7 @@ class _Lockstep:
                     episode = self.records.pop(slot).episode(info["success"])
                     self.results[self.queues[slot].pop(0)] = episode
             if first is not None:
-                self.records[slot] = Record(*self.order(slot), first)
+                self.records[slot] = Record(*self.order(slot), first[0])
         if self.progress and (self.rounds % 20 == 0 or not self.records):
             done = self.lengths[[r is not None for r in self.results]].sum()
             done += sum(len(record.steps) for record in self.records.values())
@@ -1096,8 +1067,6 @@ class Fleet(_Pool):
         super().__init__(len(self.tasks))
         try:
             self.reset([0] * self.n)
-            self.post("legal", dict.fromkeys(range(self.n)))
-            self.legal = list(self.collect().values())
         except BaseException:
             self.close()
             raise
@@ -1110,19 +1079,21 @@ class Fleet(_Pool):
     def reset(self, seeds, actions=None):
         """Start an episode in every environment and play `actions` (a list each) -> obs."""
         actions = actions or [()] * self.n
-        self.post("start", dict(enumerate(
-            zip(self.tasks, map(int, seeds), actions, self._options))))
-        return [obs for _, obs in self.collect().values()]
+        episodes = zip(self.tasks, map(int, seeds), actions, self._options)
+        self.post({slot: (None, episode) for slot, episode in enumerate(episodes)})
+        firsts = [first for _, first in self.collect().values()]
+        self.legal = [legal for _, legal in firsts]
+        return [obs for obs, _ in firsts]
 
     def send(self, actions, next_seeds):
         """One step each; if it ends an episode, the next one has the seed given."""
         following = zip(self.tasks, map(int, next_seeds))
-        self.post("step", dict(enumerate(zip(actions, following))))
+        self.post(dict(enumerate(zip(actions, following))))
 
     def receive(self):
         """[(obs, rew, terminated, truncated, info)] of the step that was sent."""
         answers = self.collect().values()
-        return [(step[0] if first is None else first, *step[1:]) for step, first in answers]
+        return [(step[0] if first is None else first[0], *step[1:]) for step, first in answers]
 
 
 if __name__ == "__main__":
