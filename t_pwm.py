@@ -429,7 +429,7 @@ def test_the_scales_of_a_task_that_ends_are_those_of_its_data(tmp_path):
                         rng.normal(5, 7, n), np.arange(n) < 0)
     wm = pwm.WorldModel(11, [3], 2, 16, 16, 16, 0, ends=True, activation="residual")
     arrays = episodes.arrays("x-y")
-    wm.set_scales(episodes, "x-y")
+    wm.set_scales(episodes, 0, "x-y")
     seen = np.concatenate([arrays["obs"][0, :9], arrays["obs"][1, :4]])
     assert np.allclose(wm.obs_mean, seen.mean(0), atol=1e-5)
     assert np.allclose(wm.obs_std, seen.std(0), atol=1e-5)
@@ -443,6 +443,28 @@ def test_the_scales_of_a_task_that_ends_are_those_of_its_data(tmp_path):
     torch.save(dict(wm=state, act_dims=[3], activation="residual"), tmp_path / "wm.pt")
     again = pwm.load_world_model(tmp_path / "wm.pt").encode(x, task)
     assert torch.equal(again, plain.encode(x, task))
+
+
+def test_the_scales_of_several_tasks_are_the_roots_of_their_deviations(tmp_path):
+    episodes, rng = Episodes.create(tmp_path, {"a": (3, 2, 9), "b": (2, 1, 9)}), gen()
+    for name, O, A in (("a", 3, 2), ("b", 2, 1)):
+        obs = 5 + 0.04 * torch.randn(10, O, generator=rng)
+        obs[:, 0] = 7.0  # an observation that never changes keeps its size
+        episodes.append(name, obs, torch.zeros(9, A), torch.zeros(9), torch.zeros(9).bool())
+    wm = pwm.WorldModel(3, [2, 1], 2, 16, 16, 16, 4)
+    for row, name in enumerate("ab"):
+        wm.set_scales(episodes, row, name)
+        seen = torch.from_numpy(np.array(episodes.arrays(name)["obs"][0, :9]))
+        assert torch.allclose(wm.obs_mean[row, :seen.shape[1]], seen.mean(0))
+        std = seen.std(0, unbiased=False).sqrt()
+        assert torch.allclose(wm.obs_std[row, 1:seen.shape[1]], std[1:], atol=1e-5)
+    assert wm.obs_std[:, 0].tolist() == [1, 1] and wm.obs_std[1, 2] == 1  # constant, padding
+    obs = torch.randn(4, 3)
+    task = torch.tensor([0, 1, 0, 1])
+    scaled = (obs - wm.obs_mean[task]) / wm.obs_std[task]
+    together = wm.encode(obs, task)
+    wm.obs_mean.zero_(), wm.obs_std.fill_(1)
+    assert torch.allclose(together, wm.encode(scaled, task), atol=1e-6)
 
 
 def test_long_episodes_are_stored_in_pieces():
