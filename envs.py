@@ -377,12 +377,11 @@ class _Gymnasium(_Env):
         return self._flat(obs), rew, terminated, truncated, {"success": success}
 
     def _frame(self):
-        frame = None
-        if "rgb_array" in self._env.metadata.get("render_modes", ()):
-            try:
-                frame = self._env.render()
-            except gymnasium.error.DependencyNotInstalled as error:  # Pendulum-v1 needs pygame
-                raise SystemExit(f"{self.task} cannot be drawn: {error}") from None
+        draws = "rgb_array" in self._env.metadata.get("render_modes", ())
+        try:
+            frame = self._env.render() if draws else None
+        except gymnasium.error.DependencyNotInstalled as error:  # Pendulum-v1 needs pygame
+            raise SystemExit(f"{self.task} cannot be drawn: {error}") from None
         if frame is None:
             raise SystemExit(f"{self.task} draws no frames (rgb_array): use obs='state'")
         return frame
@@ -616,9 +615,9 @@ def _custom_reward(task, p, tol):
         high = [tol((torso + foot) / 2, (1.2, inf), 0.6) for foot in (back, front)]
         return sum((5 * h + still) / 6 for h in high) / 2
     if task.startswith("cheetah"):  # run with one foot up in the air
-        foot = {"cheetah-run-front": "bfoot", "cheetah-run-back": "ffoot"}[task]
-        z = p.named.data.xpos[[foot, "torso"], "z"]
-        up = (3 * tol(z[0], (1.2, inf), 0.6) + 2 * tol(z[1], (1.2, inf), 0.6)) / 5
+        foot = "bfoot" if task == "cheetah-run-front" else "ffoot"
+        high, torso = (tol(z, (1.2, inf), 0.6) for z in p.named.data.xpos[[foot, "torso"], "z"])
+        up = (3 * high + 2 * torso) / 5
         return up * (5 * tol(p.speed(), (6, inf), 6, "linear", 0) + 1) / 6
     if task == "hopper-hop-backwards":
         return tol(p.height(), (0.6, 2)) * tol(p.speed(), (-inf, -1), 0.5, "linear", 0.5)
@@ -961,12 +960,13 @@ class Workers(_Pool):
 
     def _batch(self, tasks):
         """What plays the jobs of a single task itself (see register), None for most tasks."""
-        task, *others = tasks
-        family = None if others else _registered(task)
-        if family is None or family.batch is None:
+        task = min(tasks)
+        family = _registered(task)
+        if len(tasks) > 1 or family is None or family.batch is None:
             return None
         if task not in self._batches:
-            self._batches[task] = batch = beside(task, self.max_envs, 0, self.n)
+            batch = beside(task, self.max_envs, 0, self.n)
+            self._batches[task] = batch
             if not hasattr(batch, "rollout"):
                 batch.close()
                 self._batches[task] = None
@@ -1062,8 +1062,8 @@ class Fleet(_Pool):
     SystemExit: an environment failed, or its process died."""
 
     def __init__(self, tasks, options=None, obs="pixels", size=64):
-        self.tasks = list(tasks)
-        self._options = [dict(obs=obs, size=size, **(options or {}).get(t, {})) for t in self.tasks]
+        self.tasks, options = list(tasks), options or {}
+        self._options = [dict(obs=obs, size=size, **options.get(t, {})) for t in self.tasks]
         super().__init__(len(self.tasks))
         try:
             self.reset([0] * self.n)

@@ -183,13 +183,12 @@ def test_names_facts_and_scores():
     assert scores == pytest.approx([0.5, 1.0, -300.0, 1.5, 1, 0, 1])
 
 
+@pytest.mark.filterwarnings("ignore")  # that observations are unbounded is intended
 @pytest.mark.parametrize("task", ["cartpole-swingup", "cup-spin", "reacher-three-hard",
                                   "point_mass-easy", "lqr-lqr-2-1", "mw-assembly", "Pendulum-v1",
                                   WALK, DOT])
 def test_gymnasium_check_env(task):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that observations are unbounded is intended
-        check_env(envs.make_env(task), skip_render_check=True)
+    check_env(envs.make_env(task), skip_render_check=True)
 
 
 @pytest.mark.parametrize("task", [
@@ -213,8 +212,8 @@ def test_reset_seed_fixes_the_episode(task):
     np.testing.assert_array_equal(play(used, 9), play(fresh, 9))
     np.testing.assert_array_equal(play(used, 5), before)
     assert not np.array_equal(used.reset()[0], used.reset()[0])  # unseeded resets go on drawing
-    again = envs.make_env(task, seed=2).reset()[0]
-    np.testing.assert_array_equal(again, envs.make_env(task, seed=2).reset()[0])
+    first, again = (envs.make_env(task, seed=2).reset()[0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
 
 
 def test_metaworld_episodes_and_pixels_from_the_moved_camera():
@@ -245,9 +244,8 @@ def breakout(seed, n=40, **options):
 
 
 def test_atari_games_follow_the_protocol():
-    counts = dict(Alien=18, Breakout=4, Freeway=3, UpNDown=6, KungFuMaster=14)
     assert len(envs.ATARI26) == 26 and set(mow.STORM_RETURN) == set(envs.ATARI26)
-    for game, n in counts.items():
+    for game, n in dict(Alien=18, Breakout=4, Freeway=3, UpNDown=6, KungFuMaster=14).items():
         assert len(envs.make_env(game, obs="pixels").legal) == n
     env = envs.make_env("Boxing", obs="pixels")
     check_env(env, skip_render_check=True)
@@ -257,8 +255,7 @@ def test_atari_games_follow_the_protocol():
     assert np.array_equal(a, b) and ra == rb and not np.array_equal(a, c)
     still = dict(sticky=0.0)  # then nothing is left to chance
     assert np.array_equal(breakout(3, **still)[0], breakout(4, **still)[0])
-    noops = breakout(3, noop=30, **still)[0], breakout(4, noop=30, **still)[0]
-    assert not np.array_equal(*noops)
+    assert not np.array_equal(*(breakout(seed, noop=30, **still)[0] for seed in (3, 4)))
     lost = breakout(3, n=60)[1]
     assert any(x[3] for x in lost) and not any(x[1] for x in lost[:20])  # the game goes on
     assert not any(x[3] for x in breakout(3, n=60, life_loss=False)[1])
@@ -405,8 +402,7 @@ def test_third_death_stops():
         assert len(workers.rollout([("Pendulum-v1", 0)], idle)) == 1  # still usable
 
 
-def alive(pid):
-    """A zombie that waits for a lazy init is dead enough."""
+def alive(pid):  # a zombie that waits for a lazy init is dead enough
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
