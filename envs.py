@@ -411,8 +411,7 @@ class _MetaWorld(_Gymnasium):
         env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
         if obs == "pixels":  # shadow maps of 4096 x 4096 are half of the time
             env.model.vis.quality.shadowsize = 1024
-        facts = Facts(39, 4, length, repeat, 0.0, False)
-        super().__init__(task, env, seed, obs, size, facts)
+        super().__init__(task, env, seed, obs, size, Facts(39, 4, length, repeat, 0.0, False))
 
     def _restart(self, seed):
         if seed is not None:
@@ -643,7 +642,7 @@ def _reacher_three(suite, target_size, seed):
     """The suite's reacher with an arm of three links instead of two."""
     from dm_control.rl import control
     xml, assets = suite.reacher.get_model_and_assets()
-    xml = xml.decode() if isinstance(xml, bytes) else xml
+    xml = xml.decode()
     link = ('<body pos=".12 0 0"><joint name="elbow" limited="true" range="-160 160"/>'
             '<geom type="capsule" fromto="0 0 0 .12 0 0" size=".01" material="self"/>')
     for old, new in (('<body name="hand"', f'{link}<body name="hand"'),
@@ -1078,8 +1077,7 @@ class Fleet(_Pool):
 
     def reset(self, seeds, actions=None):
         """Start an episode in every environment and play `actions` (a list each) -> obs."""
-        actions = actions or [()] * self.n
-        episodes = zip(self.tasks, map(int, seeds), actions, self._options)
+        episodes = zip(self.tasks, map(int, seeds), actions or [()] * self.n, self._options)
         self.post({slot: (None, episode) for slot, episode in enumerate(episodes)})
         firsts = [first for _, first in self.collect().values()]
         self.legal = [legal for _, legal in firsts]
