@@ -2,8 +2,6 @@ from t_head import *  # noqa: F401,F403
 
 from studies import savi_arms, savi_partitions, savi_place, savi_seeds, savi_slots
 
-PUSHED = "studies.scenes:Pushed"
-
 
 @pytest.fixture(scope="session")
 def films(tmp_path_factory):
@@ -36,11 +34,10 @@ def test_savi_actions_reach_their_slot_only():
     assert moved.tolist() == [[False, False, True, False]] * 3  # exactly
     first = (model.initial(act) != model.initial(other)).any(-1)
     assert first.tolist() == [[False, False, True, False]] * 3
-    model = masked(interact=True)
-    assert (model.predictor(slots, act) != model.predictor(slots, other)).any(-1).all()
-    cue = torch.rand(3, 4, 3)
-    model = masked(init="com")
-    assert torch.equal(model.initial(act, cue), model.initial(other, cue))
+    all_see = masked(interact=True).predictor
+    assert (all_see(slots, act) != all_see(slots, other)).any(-1).all()
+    cue, cued = torch.rand(3, 4, 3), masked(init="com").initial
+    assert torch.equal(cued(act, cue), cued(other, cue))
 
 
 def test_savi_action_model_trains_and_compiles_as_eager():
@@ -119,12 +116,11 @@ def test_savi_partition_from_file_and_bad_ones(tmp_path):
     assert not chosen("none")[1].any() and chosen("body")[0] == meta["groups"]
     random = chosen("random", seed=3)[0]
     assert sorted(map(len, random)) == [2, 2, 2] and random == chosen("random", seed=3)[0]
-    for text, words in (("[[0, 1], [2, 3], [4]]", ("misses action 5", "[[0, 1], [2]]")),
-                        ("[[0, 1], [2, 3], [4, 5, 0]]", ("exactly once",)),
-                        ("[[0, 1], [2, 3], [4, 5], []]", ("exactly once",)),
-                        ("[]", ("misses action 0",)), ("half a [", ("cannot be read",))):
+    for text, word in (("[[0, 1], [2, 3], [4]]", "misses action 5"), ("[]", "misses action 0"),
+                       ("[[0, 1], [2, 3], [4, 5, 0]]", "exactly once"), ("half a [", "read"),
+                       ("[[0, 1], [2, 3], [4, 5], []]", "exactly once")):
         file.write_text(text)
-        with says(*words):
+        with says(word, "[[0, 1], [2]]"):
             chosen(file)
     with says("3 groups for 3 slots", "--slots 4"):
         chosen("body", slots=3)
@@ -221,7 +217,7 @@ def test_savi_arms_study_is_resumable(there, capsys):
     shutil.rmtree(Path(result["folder"]) / "trainings" / "A4-seed1")
     again = savi_arms.main(savi_arms.Args(resume=result["folder"]))
     assert again["cells"]["A4-seed1"]["scores"] == cells["A4-seed1"]["scores"]
-    with says("no action moves", "studies.scenes:Pushed"):
+    with says("no action moves"):
         savi_arms.main(savi_arms.Args(task="objects", fast=True, workers=1))
 
 
@@ -232,7 +228,7 @@ def test_savi_slots_study(there, monkeypatch, capsys):
     assert list(result["cells"]) == ["default-K3-seed1", "default-K5-seed1", "parts-K3-seed1",
                                      "parts-K5-seed1"]
     out = capsys.readouterr().out
-    assert "whole-body IoU" in out and "default, 5 slots" in out and "parts, best grid" in out
+    assert "default, 5 slots" in out and "parts, best grid" in out
     assert (Path(result["folder"]) / "usage.png").stat().st_size > 0
 
 
@@ -249,7 +245,6 @@ def test_savi_seeds_study_goes_on_within_a_cell(there, monkeypatch, capsys):
     whole = savi_seeds.main(args)
     out = capsys.readouterr().out
     assert "SAVi, 6 slots" in out and whole["verdict"] == "fails" and "PSNR" in out
-    time.sleep(1)
     real, count = savi.savi_loss, []
 
     def dies(*a):
@@ -269,9 +264,7 @@ def test_savi_seeds_study_goes_on_within_a_cell(there, monkeypatch, capsys):
         assert done["cells"][name]["curve"] == cell["curve"]
 
 
-def test_savi_crowd_and_a_body_run(there):
-    common = dict(fast=True, device="cpu", workers=1, updates=2, frames=2)
-    crowd = savi.main(savi.Args(task="studies.scenes:Crowd", color="random", slots=7, **common))
+def test_savi_crowd_runs(there):
+    crowd = savi.main(savi.Args(task="studies.scenes:Crowd", color="random", slots=7, fast=True,
+                                device="cpu", workers=1, updates=2, frames=2))
     assert "fg_ari_parts" in crowd["scores"] and len(crowd["scores"]["share"]) == 7
-    body = savi.main(savi.Args(task="studies.scenes:Humanoid", color="default", **common))
-    assert "fg_ari_parts" not in body["scores"]
