@@ -124,12 +124,6 @@ class Args:
     """sizes of networks other than the preset's (SIZES): --sizes width 128 heads 8"""
     atari: dict[str, float] = field(default_factory=dict)
     """protocol of Atari other than STORM's (ATARI): --atari sticky 0 noop 30"""
-    gamma: float = 0.985
-    """discount (STORM)"""
-    lam: float = 0.95
-    """lambda of the return (STORM)"""
-    entropy: float = 3e-4
-    """weight of the actor's entropy (STORM)"""
 
 
 PRESETS = {
@@ -221,7 +215,7 @@ def draw_latent(logp):
     return (sample_onehot(logp.detach()) + p - p.detach()).flatten(-2)
 
 
-def lambda_return(rew, done, value, gamma=0.985, lam=0.95):
+def lambda_return(rew, done, value, gamma, lam):
     """R_t = r_t + gamma (1 - d_t) [(1 - lam) V_t+1 + lam R_t+1], R_H = V_H; value (.., H+1)."""
     R, out = value[..., -1], []
     for t in range(rew.shape[-1] - 1, -1, -1):
@@ -690,8 +684,8 @@ def imagine(wm, actor, z, act, first, H, tau, *, step=imagine_step, reset_mask=T
     return x, act[:, :, :-1], rew[..., :-1], done[..., :-1]
 
 
-def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, *, gamma, lam,
-               entropy, returns=lambda_return):
+def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, *, gamma=0.985,
+               lam=0.95, entropy=3e-4, returns=lambda_return):
     """REINFORCE on lambda-returns with the critic as baseline and a percentile scale per task;
     two-hot critics that also follow the returns of their slow copies.
 
@@ -877,11 +871,10 @@ class Agent(nn.Module):
 
     def policy_loss(self, dream, **more):
         """Of actor and critics -> loss, metrics. Updates the running percentiles."""
-        a = self.args
         with self.autocast():
             loss, low, high, metrics = self.agent_loss(
                 self.actor, self.critic, self.slow, self.wm.cluster_of, *dream, self.low, self.high,
-                gamma=a.gamma, lam=a.lam, entropy=a.entropy, **more)
+                **more)
         self.low, self.high = over_ranks(torch.stack([low, high]))  # of parts, averaged
         return loss, metrics
 
@@ -977,26 +970,29 @@ def find_clusters(agent, frames):
 class Stage:
     """R environments of every task in lock step, and what the agent remembers of their episodes.
 
-    seed(k, r, n): of episode n. finished: [step, environment, return, success] of every episode
-    that has ended. Without a fleet (on the other ranks of torchrun) nothing happens."""
+    seed(k, r, n): of episode n. frames: the replay that takes every step.
+    finished: [step, environment, return, success] of every episode that has ended. On the other
+    ranks of torchrun there is no fleet: they wait until the first has written the step."""
     STATE = "memory", "first", "finished", "episode", "ret", "success", "steps"
 
-    def __init__(self, agent, fleet, R, seed):
+    def __init__(self, agent, fleet, R, seed, frames=None):
         J = agent.K * R
-        self.agent, self.fleet, self.R, self.seed, self.steps = agent, fleet, R, seed, 0
-        self.memory, self.first, self.finished = agent.memory(R), [True] * J, []
+        self.agent, self.fleet, self.R, self.seed, self.frames = agent, fleet, R, seed, frames
+        self.memory, self.first, self.finished, self.steps = agent.memory(R), [True] * J, [], 0
         self.episode, self.ret, self.success = [0] * J, [0.0] * J, [0.0] * J
 
-    def begin(self, frames=None):
-        """Start all episodes, or bring them back to where they were, by the actions in frames."""
+    def begin(self):
+        """Start all episodes, or bring them back to where they were, by their actions."""
         past = []
         for j, new in enumerate(self.first):
-            start = 0 if new else int(np.flatnonzero(frames.first[j, :frames.count])[-1])
-            past.append([] if new else [self.plain(a) for a in frames.act[j, start:frames.count]])
+            acts = [] if new else self.frames.act[j, :self.frames.count]
+            start = 0 if new else np.flatnonzero(self.frames.first[j, :len(acts)])[-1]
+            past.append([self.plain(a) for a in acts[start:]])
         if self.fleet:
             self.obs = np.stack(self.fleet.reset(self.seeds(), past))
 
     def seeds(self, later=0):
+        """Of the episodes that are played, or of those after them."""
         numbers = [(*divmod(j, self.R), n + later) for j, n in enumerate(self.episode)]
         return [self.seed(*x) % 2**31 for x in numbers]
 
@@ -1014,12 +1010,17 @@ class Stage:
             self.fleet.send([self.plain(a) for a in flat], self.seeds(later=1))
 
     def receive(self):
-        """What came of it, as a row of Frames: obs, act, rew, term, first."""
+        """What came of it."""
         if not self.fleet:
-            return None
+            from_first(None)
+            self.frames.count += 1
+            return
         obs, rew, over, cut, info = zip(*self.fleet.receive())
-        term = [end or i.get("life_lost", False) for end, i in zip(over, info)]
-        row = self.obs, self.action.reshape(len(obs), -1), rew, term, self.first
+        if self.frames:
+            term = [end or i.get("life_lost", False) for end, i in zip(over, info)]
+            act = self.action.reshape(len(obs), -1)
+            self.frames.append(self.obs, act, rew, term, self.first)
+            from_first(None)
         self.obs, self.first = np.stack(obs), [a or b for a, b in zip(over, cut)]
         self.steps += 1
         for j, new in enumerate(self.first):
@@ -1030,24 +1031,12 @@ class Stage:
                 self.episode[j] += 1
                 self.ret[j] = self.success[j] = 0.0
                 self.memory[2][divmod(j, self.R)] = 0
-        return row
 
     def state_dict(self):
         return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state):
-        for name in self.STATE:
-            setattr(self, name, state[name])
-        self.memory = [x.to(self.agent.device) for x in self.memory]
-
-
-def store(frames, row):
-    """Append what the environments did. The first process of torchrun writes, the others wait."""
-    if row:
-        frames.append(*row)
-    if dist.is_initialized():
-        dist.barrier()
-        frames.count += row is None
+        vars(self).update(state, memory=[x.to(self.agent.device) for x in state["memory"]])
 
 
 # ------------------------------------------------------------------------------------------ method
@@ -1059,20 +1048,20 @@ def note(run, agent, metrics):
         run.history.append({"updates": agent.updates, **row})
 
 
-def train(args, run, agent, stage, frames):
+def train(args, run, agent, stage):
     """Random play; a world model of it with one module; clusters of tasks, and a module for each;
     then play, model and agent at once -> what was clustered."""
     # the modules of a checkpoint have gone their own ways: clustering would overwrite them
-    found = {"labels": list(agent.wm.labels)} if args.checkpoint else {}
+    found, frames = {"labels": list(agent.wm.labels)} if args.checkpoint else {}, stage.frames
     run.keeps(agent=agent, opt=agent.opt, agent_opt=agent.agent_opt, stage=stage, frames=frames,
               found=found)
     warmup, sweeps = 0 if args.checkpoint else args.warmup, args.steps - args.random_steps
     run.expects(random=args.random_steps, warmup=warmup, sweeps=sweeps)
-    stage.begin(frames)
+    stage.begin()
 
     for step in run.steps("random", args.random_steps):
         stage.send(agent.play_randomly, [args.seed, 4, step])
-        store(frames, stage.receive())
+        stage.receive()
 
     for _ in run.steps("warmup", warmup):
         batch = agent.sample(frames)
@@ -1093,13 +1082,12 @@ def train(args, run, agent, stage, frames):
             loss, z, metrics = agent.model_loss(batch)
             metrics["grad_norm"] = descend(loss, agent.opt, 1000.0)
             agent.updates += 1
-
             dream = agent.imagine(z, batch)
             loss, more = agent.policy_loss(dream)
             more["agent_grad_norm"] = descend(loss, agent.agent_opt, 100.0)
             agent.follow()
             note(run, agent, metrics | more)
-        store(frames, stage.receive())
+        stage.receive()
     return found
 
 
@@ -1122,8 +1110,7 @@ def evaluate(agent, tasks, options, episodes, seed, choose, film=None):
             stage.receive()
     played = [[] for _ in tasks]
     for j, n in enumerate(quota):
-        mine = [(ret, success) for _, i, ret, success in stage.finished if i == j]
-        played[j // R] += mine[:n]
+        played[j // R] += [(ret, won) for _, i, ret, won in stage.finished if i == j][:n]
     return played, np.stack(taken, 1).reshape(K, -1, agent.A)
 
 
@@ -1155,52 +1142,17 @@ def open_loop_images(agent, batch, C):
     return x, wm.decode(z, e).clamp(0, 1), wm.decode(dream, e).clamp(0, 1)
 
 
-def plots(agent, frames, finished, history, tasks, folder, columns=12):
-    """frames.png: real, reconstructed and imagined images of one window per task. routing.png: the
-    router's scores, the chosen experts written. curve.png: losses and scores of episodes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    a, K = agent.args, agent.K
+def draw_dream(agent, frames, path, columns=12):
+    """A picture of one window per task: real images, reconstructed ones below, and below these what
+    is imagined after the first C images. `studies/mow_diagnosis.py` draws it with labels."""
+    import imageio
+    a = agent.args
     torch.manual_seed(draw_seed(a.seed, 8))
     batch = frames.sample(1, a.length, np.random.default_rng([a.seed, 8]), agent.device)
-    images = torch.stack(open_loop_images(agent, batch, a.context))[:, :, 0].float().cpu()
+    images = torch.stack(open_loop_images(agent, batch, a.context))[:, :, 0]
     at = np.unique(np.linspace(0, a.length - 1, columns).round().astype(int))
-    size = 0.85 * len(at) + 1.2, 2.75 * K
-    fig, axes = plt.subplots(K, figsize=size, layout="constrained", squeeze=False)
-    for k, (task, ax) in enumerate(zip(tasks, axes[:, 0])):
-        tiles = images[:, k, at].permute(0, 3, 1, 4, 2)                    # (3, 64, columns, 64, 3)
-        ax.imshow(tiles.reshape(3 * 64, -1, 3).numpy(), interpolation="nearest")
-        ax.set_yticks([32, 96, 160], ["real", "rebuilt", "imagined"])
-        ax.set_xticks(np.arange(len(at)) * 64 + 32, at + 1)
-        ax.axvline(64 * int((at < a.context).sum()) - 0.5, color="white", lw=2)
-        ax.set_title(f"{task}: imagination sees {a.context} images, then actions", fontsize=9)
-    fig.savefig(folder / "frames.png", dpi=100)
-
-    routed = agent.wm.routing(agent.wm.embedding(), agent.temperature())
-    S, J, _ = (x.detach().cpu().numpy() for x in routed)
-    fig, ax = plt.subplots(figsize=(2.6 + 0.55 * S.shape[1], 1.3 + 0.32 * K), layout="constrained")
-    fig.colorbar(ax.imshow(S, cmap="Blues", vmin=0, aspect="auto"), label="router score")
-    for k, j in zip(np.arange(K).repeat(J.shape[1]), J.flatten()):
-        color = "white" if S[k, j] > 0.6 * S.max() else "black"
-        ax.text(j, k, f"{S[k, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
-    ax.set_yticks(range(K), [f"{t} ({c + 1})" for t, c in zip(tasks, agent.wm.labels)])
-    ax.set_xticks(range(S.shape[1]), range(1, S.shape[1] + 1))
-    ax.set(xlabel="expert (numbers: chosen)", ylabel="task (cluster)")
-    fig.savefig(folder / "routing.png", dpi=120)
-
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    for k, task in enumerate(tasks):
-        mine = [(step, score(task, ret, won)) for step, j, ret, won in finished if j == k]
-        for ax, name in zip(axes, ("rec", "dyn_raw")):
-            ax.semilogy([r["updates"] for r in history], [r[name][k] for r in history], label=task)
-        axes[2].plot(*np.array(mine or [(0, math.nan)]).T, ".-", lw=0.5, ms=3)
-    for ax, name in zip(axes, ("reconstruction loss", "dynamics KL (nats)", "score of episodes")):
-        ax.set(ylabel=name, xlabel="agent steps per task" if ax is axes[2] else "updates")
-    axes[0].legend(fontsize=7)
-    fig.savefig(folder / "curve.png", dpi=110)
-    plt.close("all")
-    return {"scores": S.tolist(), "chosen": J.tolist()}
+    tiles = images[:, :, at].permute(1, 0, 4, 2, 5, 3)              # (K, 3, 64, columns, 64, 3)
+    imageio.imwrite(path, (255 * tiles.reshape(agent.K * 3 * 64, -1, 3)).byte().cpu().numpy())
 
 
 def report(tasks, labels, played, run):
@@ -1215,13 +1167,12 @@ def report(tasks, labels, played, run):
             "blind": float(ret["blind"].mean()), "random": float(ret["random"].mean()),
             "human": ATARI_SCORES.get(task, (None, None))[1],
             "score": float(np.mean([score(task, *episode) for episode in played["agent"][k]])),
-            "storm": storm, "storm_score": None if storm is None else score(task, storm, 0),
-            "episodes": n})
+            "storm": storm, "storm_score": storm and score(task, storm, 0), "episodes": n})
     write_csv(run.dir / "results.csv", rows)
     print("\n" + "".join(f"{name:>12}" for name in rows[0]))
     for row in rows:
-        print("".join(f"{'-' if x is None else x if isinstance(x, str | int) else f'{x:,.2f}':>12}"
-                      for x in row.values()))
+        words = [f"{x:,.2f}" if isinstance(x, float) else str(x or "-") for x in row.values()]
+        print("".join(f"{word:>12}" for word in words))
     scores = [row["score"] for row in rows]
     mean, median = float(np.mean(scores)), float(np.median(scores))
     print(f"""mean score {mean:.3f}, median {median:.3f}; 1 training seed
@@ -1255,8 +1206,8 @@ def settle(args, tasks, device):
     """Values for all flags that were left out. SystemExit: flags that nobody reads."""
     K, preset = len(tasks), args.preset
     if args.eval_only:
-        data.refuse(args, "steps random_steps warmup train_every batch rollouts lr agent_lr gamma "
-                    "lam entropy", "--eval-only does not train")
+        data.refuse(args, "steps random_steps warmup train_every batch rollouts lr agent_lr",
+                    "--eval-only does not train")
     elif args.checkpoint:
         data.refuse(args, "warmup", "the modules of --checkpoint have their clusters")
     if preset == "auto":
@@ -1282,9 +1233,8 @@ def settle(args, tasks, device):
 def check(args, K, world):
     """SystemExit: values that cannot work, alone or together."""
     ranges = dict.fromkeys(PRESETS["cpu"], (1, None)) | dict.fromkeys(
-        ("seed", "warmup", "lr", "agent_lr", "entropy", "save_every"), (0, None))
-    data.check_ranges(args, ranges | dict(gamma=(0, 1), lam=(0, 1), clusters=(1, K),
-                                          topk=(1, args.experts)))
+        ("seed", "warmup", "lr", "agent_lr", "save_every"), (0, None))
+    data.check_ranges(args, ranges | dict(clusters=(1, K), topk=(1, args.experts)))
     size, longest = args.sizes, args.context + args.horizon
     least = {name: name not in ("emb", "shared_layers") for name in size}
     for wrong, words in (
@@ -1308,9 +1258,8 @@ def check(args, K, world):
 
 def task_options(args, tasks):
     """Keyword arguments of make_env for every task."""
-    a = args.atari
-    atari = dict(sticky=a["sticky"], life_loss=bool(a["life_loss"]), noop=int(a["noop"]),
-                 frame_cap=int(a["frame_cap"]))
+    atari = {k: x if k == "sticky" else int(x) for k, x in args.atari.items()}
+    del atari["full_actions"]
     metaworld = dict(camera="corner4", repeat=1, length=500)
     return {t: metaworld if t in METAWORLD50 else atari for t in tasks}
 
@@ -1319,28 +1268,12 @@ def load_checkpoint(agent, file):
     """Networks and optimisers of another run. SystemExit: no such file, or other sizes."""
     try:
         state = torch.load(file, agent.device, weights_only=True)
-        for name, part in (("agent", agent), ("opt", agent.opt), ("agent_opt", agent.agent_opt)):
-            part.load_state_dict(state[name])
+        agent.load_state_dict(state["agent"])
+        agent.opt.load_state_dict(state["opt"])
+        agent.agent_opt.load_state_dict(state["agent_opt"])
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as e:
         raise SystemExit(f"--checkpoint {file} cannot be read or does not fit ({str(e)[:200]!r}): "
                          "expected runs/<a run of mow.py with these tasks and sizes>/checkpoint.pt")
-
-
-def open_frames(run, *size):
-    """The replay on disk that all processes of torchrun share; the first makes it."""
-    if run.rank:
-        from_first(None)
-    frames = Frames(run.dir / "frames", *size)
-    if not run.rank:
-        from_first(None)
-    return frames
-
-
-def write_film(path, frames):
-    """Frames (n, 64, 64, 3), four times as large, as mp4."""
-    import imageio
-    large = np.stack(frames).repeat(4, 1).repeat(4, 2)
-    imageio.mimwrite(path, large, fps=15, macro_block_size=1)
 
 
 def main(args: Args, make_agent=Agent):
@@ -1362,47 +1295,54 @@ def main(args: Args, make_agent=Agent):
         if args.checkpoint:
             load_checkpoint(agent, args.checkpoint)
         if not args.eval_only:
-            stage = Stage(agent, fleet, 1, lambda k, r, n: draw_seed(args.seed, 3, k, n))
-            frames = open_frames(run, agent.K, args.steps, agent.A)
-            found = train(args, run, agent, stage, frames)
+            replay = run.dir / "frames", agent.K, args.steps, agent.A
+            if rank == 0:
+                Frames(*replay)
+            from_first(None)  # from here on it is there for all processes
+            stage = Stage(agent, fleet, 1, lambda k, r, n: draw_seed(args.seed, 3, k, n),
+                          Frames(*replay))
+            found = train(args, run, agent, stage)
             extra = {"clusters": found, "history": run.history, "finished": stage.finished}
     if rank:
         return run.finish({})
     if extra:
-        extra["routing"] = plots(agent, frames, stage.finished, run.history, tasks, run.dir)
+        S, J, _ = agent.wm.routing(agent.wm.embedding(), agent.temperature())
+        extra["routing"] = {"scores": S.tolist(), "chosen": J.tolist()}
+        draw_dream(agent, stage.frames, run.dir / "frames.png")
     print(f"playing {args.eval_episodes} episodes per task", flush=True)
     films = [[] for _ in tasks] if args.capture_video else None
     played = evaluate_all(agent, tasks, options, args.eval_episodes, args.seed, films)
     for task, images in zip(tasks, films or ()):
-        write_film(run.dir / f"{task}.mp4", images)
+        import imageio
+        large = np.stack(images).repeat(4, 1).repeat(4, 2)
+        imageio.mimwrite(run.dir / f"{task}.mp4", large, fps=15, macro_block_size=1)
     return run.finish({**report(tasks, agent.wm.labels, played, run), **extra})
 
 
 MOVED = {  # old words: new ones
     "--preset smoke": "--preset cpu", "--preset mid": "--preset gpu",
-    "--preset full": "--preset paper", "--sticky": "--atari sticky 0.25",
-    "--life-loss": "--atari life_loss 1", "--no-life-loss": "--atari life_loss 0",
-    "--noop": "--atari noop 30", "--frame-cap": "--atari frame_cap 108000",
-    "--action-space": "--atari full_actions 1", "--experiment cost": "python -m studies.mow_cost",
-    "--cluster-only": "python -m studies.mow_clusters",
+    "--preset full": "--preset paper", "--experiment cost": "python -m studies.mow_cost",
     "--grad-reduce": "python -m studies.mow_clusters --reduce mean",
-    "--reward-free": "python -m studies.mow_pretrain",
-    "--seeds": "--seed 1, --seed 2, .. one after the other; studies have --seeds",
-    "--mix-actions": "the tasks alone; both kinds of actions may be mixed",
-    "--norm": "nothing; BatchNorm is for one task, GroupNorm for more",
-    "--reset-mask": "nothing; it is on, except with --storm"}
-for _x in ("transfer", "pretrain", "tokens", "fidelity"):
-    MOVED[f"--experiment {_x}"] = f"python -m studies.mow_{_x}"
-for _x in ("clusters", "experts", "monolith"):
-    MOVED[f"--experiment {_x}"] = f"python -m studies.mow_variants --question {_x}"
-for _x in ("routing", "segment", "switch-coef", "prior-coef"):
-    MOVED[f"--{_x}"] = "python -m studies.mow_tokens"
-for _x in ("gate", "harmony", "balance", "task-coef", "tau", "no-reset-mask"):
-    MOVED[f"--{_x}"] = "python -m studies.mow_variants --question experts"
-for _x in ("act-on-prior", "fresh-contexts", "lambda-compat"):
-    MOVED[f"--{_x}"] = "python -m studies.mow_storm_code"
-for _x, _n in SIZES["cpu"].items():
-    MOVED[f"--{_x.replace('_', '-')}"] = f"--sizes {_x} {_n}"
+    "--experiment clusters": "python -m studies.mow_variants --question clusters",
+    "--experiment monolith": "python -m studies.mow_variants --question monolith"}
+for _new, _old in {
+        "python -m studies.mow_variants --question experts": "--gate --harmony --balance --tau "
+        "--task-coef --no-reset-mask", "python -m studies.mow_clusters": "--cluster-only",
+        "python -m studies.mow_pretrain": "--reward-free",
+        "python -m studies.mow_tokens": "--routing --segment --switch-coef --prior-coef",
+        "python -m studies.mow_storm_code": "--act-on-prior --fresh-contexts --lambda-compat",
+        "--atari sticky 0.25 life_loss 1 noop 30 frame_cap 108000 full_actions 1, or some of it":
+        "--sticky --life-loss --no-life-loss --noop --frame-cap --action-space",
+        "--sizes width 64 heads 4 stem 8 .., or some of it": "--stem --latents --classes --width "
+        "--heads --expert-layers --shared-layers --hidden --emb",
+        "nothing, and change it in agent_loss": "--gamma --lam --entropy",
+        "nothing; it follows from the tasks and --storm": "--mix-actions --norm --reset-mask",
+        "--seed 1, --seed 2, .. one after the other; studies have --seeds": "--seeds"}.items():
+    MOVED |= dict.fromkeys(_old.split(), _new)
+for _old in ("transfer", "pretrain", "tokens", "fidelity"):
+    MOVED[f"--experiment {_old}"] = f"python -m studies.mow_{_old}"
+MOVED["--experiment experts"] = MOVED["--gate"]
+
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ MOW_TINY = dict(steps=44, random_steps=12, warmup=4, train_every=1, batch=2, len
                 context=3, horizon=3, eval_episodes=1, sizes=MOW_SIZES, atari={"frame_cap": 80},
                 device="cpu", compile=False, bf16=False)
 CPU = torch.device("cpu")
-KEYS = dict(gamma=0.9, lam=0.95, entropy=3e-4)
 
 
 def mow_settled(**more):
@@ -57,19 +56,9 @@ def mow_update(agent, frames, act=True):
 
 def mow_numbers(*parts):
     """All tensors of agents or checkpoints, by name."""
-    flat = {}
-
-    def walk(x, name):
-        if isinstance(x, dict):
-            for k, v in x.items():
-                walk(v, f"{name}/{k}")
-        elif isinstance(x, (list, tuple)):
-            walk(dict(enumerate(x)), name)
-        elif torch.is_tensor(x):
-            flat[name] = x.detach().clone()
-    for i, part in enumerate(parts):
-        walk(part if isinstance(part, dict) else part.state_dict(), str(i))
-    return flat
+    parts = [p if isinstance(p, dict) else p.state_dict() for p in parts]
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(parts)
+    return {str(path): x.detach().clone() for path, x in leaves if torch.is_tensor(x)}
 
 
 def mow_words(**more):
@@ -84,18 +73,7 @@ def mow_words(**more):
 
 
 # ------------------------------------------------------------------------------------------- maths
-def test_mow_two_hot_and_returns_by_hand():
-    x = torch.tensor([-3e9, -7.3, 0.0, 0.4, 12.0, 5e8, 1e12])
-    logits = torch.randn(7, 255, generator=gen())
-    logp, bins = logits.log_softmax(-1), torch.linspace(-20, 20, 255)
-    y = mow.symlog(x).clamp(-20, 20)
-    i = torch.searchsorted(bins, y).clamp(1, 254)
-    w = (y - bins[i - 1]) / (bins[i] - bins[i - 1])
-    low, high = (logp.gather(1, i[:, None] - j)[:, 0] for j in (1, 0))
-    assert torch.allclose(mow.two_hot_loss(logits, x), -(low * (1 - w) + high * w), atol=1e-3)
-    sharp = torch.full((1, 255), -1e4)
-    sharp[0, 127 + 20] = 0
-    assert mow.two_hot_inv(sharp).item() == pytest.approx(math.expm1(20 * 40 / 254), rel=1e-4)
+def test_mow_means_in_log_space_and_returns_by_hand():
     mixed = torch.full((255,), -1e4)  # STORM's choice: 100 with probability 0.1 is read as 0.6
     at = 127 + int(math.log(101) * 254 / 40)
     mixed[127], mixed[at] = math.log(0.9), math.log(0.1)
@@ -197,7 +175,7 @@ def test_mow_shapes(K, N_m, N_e, n):
     assert rew.shape == done.shape == (K, 2, 5) and (a.sum(-1) == 1).all()
     assert (x[..., :16].unflatten(-1, (4, 4)).sum(-1) == 1).all()
     loss, low, high, _ = mow.agent_loss(agent.actor, agent.critic, agent.slow, wm.cluster_of,
-                                        *dream, agent.low, agent.high, **KEYS)
+                                        *dream, agent.low, agent.high)
     assert loss.ndim == 0 and low.shape == (K,) and (high >= low).all()
 
 
@@ -362,7 +340,7 @@ def test_agent_loss_raises_good_actions_and_scales_tasks_apart():
     for _ in range(30):
         loss, low, high, _ = mow.agent_loss(
             agent.actor, agent.critic, agent.slow, agent.wm.cluster_of, x, act, rew,
-            torch.zeros_like(rew), low, high, **KEYS)
+            torch.zeros_like(rew), low, high, gamma=0.9)
         agent.agent_opt.zero_grad()
         loss.backward()
         agent.agent_opt.step()
@@ -496,8 +474,8 @@ def test_a_tiny_run_makes_its_table_and_files(mow_run):
     result, folder = mow_run
     assert [r["task"] for r in result["rows"]] == GAMES.split(",")
     assert result["rows"][0]["storm"] == 79.7
-    for name in ("results.json", "results.csv", "frames.png", "routing.png", "curve.png",
-                 "checkpoint.pt", "Krull.mp4", "metrics.jsonl", "envs.py", "data.py"):
+    for name in ("results.json", "results.csv", "frames.png", "checkpoint.pt", "Krull.mp4",
+                 "metrics.jsonl", "envs.py", "data.py"):
         assert (folder / name).stat().st_size > 0
     saved = json.loads((folder / "results.json").read_text())
     assert saved["rows"] == result["rows"] and saved["args"]["atari"]["sticky"] == 0.25
@@ -527,26 +505,22 @@ def test_the_blind_control_acts_as_often_and_never_looks(monkeypatch):
 def test_killed_at_any_moment_it_ends_at_the_same_numbers(mow_run, tmp_path, monkeypatch):
     whole, folder = mow_run
     monkeypatch.chdir(tmp_path)
-    counts = dict(loss=0, sends=0)
-    loss, send = mow.Agent.model_loss, mow.Stage.send
 
     class Killed(BaseException):
         pass
 
-    def killed_loss(self, *a):
-        counts["loss"] += 1
-        if counts["loss"] in (3, 15):  # in the warm-up, in play
-            raise Killed
-        return loss(self, *a)
+    def die(kind, name, *when):
+        real, calls = getattr(kind, name), []
 
-    def killed_send(self, *a):
-        counts["sends"] += 1
-        if counts["sends"] == 6:  # in random play
-            raise Killed
-        return send(self, *a)
+        def mortal(self, *a):
+            calls.append(1)
+            if len(calls) in when:
+                raise Killed
+            return real(self, *a)
+        monkeypatch.setattr(kind, name, mortal)
 
-    monkeypatch.setattr(mow.Agent, "model_loss", killed_loss)
-    monkeypatch.setattr(mow.Stage, "send", killed_send)
+    die(mow.Agent, "model_loss", 3, 15)  # in the warm-up, in play
+    die(mow.Stage, "send", 6)            # in random play
     args, kills, result = dict(save_every=0.0, capture_video=True, **MOW_TINY), 0, None
     while result is None:
         try:
@@ -562,20 +536,6 @@ def test_killed_at_any_moment_it_ends_at_the_same_numbers(mow_run, tmp_path, mon
     assert all(torch.equal(want[k], got[k]) for k in want if want[k].dtype != torch.bool)
     for name in ("rows", "finished", "clusters", "routing", "history", "played"):
         assert result[name] == whole[name], name
-
-
-def test_mow_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
-    p = subprocess.Popen([sys.executable, f"{HERE}/mow.py", *mow_words(task="Boxing", steps=5000)],
-                         cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE)
-    for line in p.stdout:
-        if "clusters of" in line:
-            break
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=60)
-    assert "go on with: python mow.py --resume runs/Boxing__mow__1__" in err, err[-500:]
-    assert list(tmp_path.glob("runs/*/checkpoint.pt"))
 
 
 def test_forty_sweeps_on_a_cpu_learn_to_see(tmp_path, monkeypatch):
@@ -692,7 +652,6 @@ def test_metaworld_and_mixed_runs(tmp_path, monkeypatch):
     (("--random-steps 4", "--length 8"), dict(task=GAMES, random_steps=4)),
     (("--length 12 or more",), dict(task=GAMES, context=4, horizon=8, length=11)),
     (("--batch 0", "at least 1"), dict(task=GAMES, batch=0)),
-    (("--gamma 2", "0 to 1"), dict(task=GAMES, gamma=2.0)),
     (("--steps 44", "does not train"), dict(task=GAMES, eval_only=True)),
     (("--warmup 4", "clusters"), dict(task=GAMES, checkpoint="other.pt")),
     (("args.json",), dict(resume="nowhere")), (("no GPU",), dict(device="cuda")),
@@ -710,21 +669,13 @@ def test_mow_bad_input_is_one_sentence(words, more, tmp_path, monkeypatch):
     assert free or not Path("runs").exists()
 
 
-def test_missing_games_and_packages_are_named(monkeypatch):
+def test_missing_games_are_named(monkeypatch):
     from ale_py import roms
     monkeypatch.setattr(roms, "get_rom_path", lambda name: None)
     with says("Boxing", "ROM", "pip install"):
         envs.make_env("Boxing", obs="pixels")
-    monkeypatch.setitem(sys.modules, "ale_py", None)
-    with says("Boxing", "pip install ale-py"):
-        envs.make_env("Boxing", obs="pixels")
-    monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
-    with says("mw-reach", "pip install metaworld"):
-        envs.make_env("mw-reach", obs="pixels")
     with says("obs='pixels'"):
         envs.make_env("Pong")
-    with says("sticky", "no options"):
-        envs.make_env("walker-walk", sticky=0.1)
 
 
 def test_atari_modes_and_difficulties():

@@ -3,8 +3,9 @@
     python -m studies.mow_diagnosis --run runs/NAME        # a minute; without --run a tiny one
 
 Prints per task the PSNR, SSIM and a perceptual distance of reconstructions, the PSNR of open-loop
-imagination, the KL of the dynamics, and how the router shares out the experts. Also holds what
-MoW's other studies share: random play, training of a world model on it, measures, tables.
+imagination, the KL of the dynamics, and how the router shares out the experts. Draws frames.png:
+real, rebuilt and imagined images; routing.png; curve.png: losses and scores of episodes. Also holds
+what MoW's other studies share: random play, training of a world model on it, measures, tables.
 
 Rule: imagination `holds` if in every task its PSNR is at least that of showing the mean image.
 """
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 import data
 import mow
 from data import Frames, choose_device, write_json
-from envs import Fleet
-from studies.common import StudyArgs, command, finish, open_run, seeds_of, show
+from envs import Fleet, score
+from studies.common import StudyArgs, command, figure, finish, open_run, save_figure, seeds_of, show
 
 TINY = dict(stem=4, latents=4, classes=4, width=16, heads=2, hidden=16, emb=8)
 
@@ -99,11 +100,12 @@ def random_frames(a, folder):
         with Fleet(tasks, mow.task_options(a, tasks)) as fleet:
             agent = mow.Agent(a, fleet.legal, torch.device("cpu"))
             frames = Frames(path, agent.K, a.random_steps, agent.A)
-            stage = mow.Stage(agent, fleet, 1, lambda k, r, n: mow.draw_seed(a.seed, 3, k, n))
+            stage = mow.Stage(agent, fleet, 1, lambda k, r, n: mow.draw_seed(a.seed, 3, k, n),
+                              frames)
             stage.begin()
             for step in range(a.random_steps):
                 stage.send(agent.play_randomly, [a.seed, 4, step])
-                mow.store(frames, stage.receive())
+                stage.receive()
             frames.flush()
             write_json(path / "legal.json", [agent.A, fleet.legal])
     A, legal = json.loads((path / "legal.json").read_text())
@@ -272,6 +274,54 @@ def per_seed(found, variant, number):
     return [[float(np.mean(f[number]))] for f in found.values() if f["variant"] == variant]
 
 
+# ----------------------------------------------------------------------------------------- figures
+def draw_frames(agent, frames, tasks, path, columns=12):
+    """Real, reconstructed and imagined images of one window per task."""
+    a, K = agent.args, agent.K
+    torch.manual_seed(mow.draw_seed(a.seed, 8))
+    batch = frames.sample(1, a.length, np.random.default_rng([a.seed, 8]), agent.device)
+    images = torch.stack(mow.open_loop_images(agent, batch, a.context))[:, :, 0].float().cpu()
+    at = np.unique(np.linspace(0, a.length - 1, columns).round().astype(int))
+    fig, axes = figure(0.85 * len(at) + 1.2, 2.75 * K, K, squeeze=False)
+    for k, (task, ax) in enumerate(zip(tasks, axes[:, 0])):
+        tiles = images[:, k, at].permute(0, 3, 1, 4, 2)                    # (3, 64, columns, 64, 3)
+        ax.imshow(tiles.reshape(3 * 64, -1, 3).numpy(), interpolation="nearest")
+        ax.set_yticks([32, 96, 160], ["real", "rebuilt", "imagined"])
+        ax.set_xticks(np.arange(len(at)) * 64 + 32, at + 1)
+        ax.axvline(64 * int((at < a.context).sum()) - 0.5, color="white", lw=2)
+        ax.set_title(f"{task}: imagination sees {a.context} images, then actions", fontsize=9)
+    save_figure(fig, path, 100)
+
+
+def draw_routing(facts, labels, tasks, path):
+    """The router's scores, those of the chosen experts as numbers."""
+    S, J = np.array(facts["scores"]), np.array(facts["chosen"])
+    fig, ax = figure(2.6 + 0.55 * S.shape[1], 1.3 + 0.32 * len(S))
+    fig.colorbar(ax.imshow(S, cmap="Blues", vmin=0, aspect="auto"), label="router score")
+    for k, j in zip(np.arange(len(S)).repeat(J.shape[1]), J.flatten()):
+        color = "white" if S[k, j] > 0.6 * S.max() else "black"
+        ax.text(j, k, f"{S[k, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
+    ax.set_yticks(range(len(S)), [f"{t} ({c + 1})" for t, c in zip(tasks, labels)])
+    ax.set_xticks(range(S.shape[1]), range(1, S.shape[1] + 1))
+    ax.set(xlabel="expert (numbers: chosen)", ylabel="task (cluster)")
+    save_figure(fig, path, 120)
+
+
+def draw_curve(result, tasks, path):
+    """Losses and scores of episodes over the run, from its results.json."""
+    fig, axes = figure(11, 3.4, 1, 3)
+    history = result["history"]
+    for k, task in enumerate(tasks):
+        mine = [(step, score(task, ret, won)) for step, j, ret, won in result["finished"] if j == k]
+        for ax, name in zip(axes, ("rec", "dyn_raw")):
+            ax.semilogy([r["updates"] for r in history], [r[name][k] for r in history], label=task)
+        axes[2].plot(*np.array(mine or [(0, np.nan)]).T, ".-", lw=0.5, ms=3)
+    for ax, name in zip(axes, ("reconstruction loss", "dynamics KL (nats)", "score of episodes")):
+        ax.set(ylabel=name, xlabel="agent steps per task" if ax is axes[2] else "updates")
+    axes[0].legend(fontsize=7)
+    save_figure(fig, path)
+
+
 # ------------------------------------------------------------------------------------------- study
 @dataclass
 class Args(StudyArgs):
@@ -302,6 +352,11 @@ def main(args):
     show(rows, {name: name.replace("_", " ") for name in rows[0]})
     print(f"use of experts: entropy {facts['usage_entropy']:.2f} nats, {facts['dead_experts']} not "
           f"used, I(task; expert) {facts['mutual_information']:.2f} nats")
+    draw_frames(agent, frames, tasks, run.dir / "frames.png")
+    draw_routing(facts, agent.wm.labels, tasks, run.dir / "routing.png")
+    result = json.loads((Path(folder) / "results.json").read_text())
+    if result["history"]:
+        draw_curve(result, tasks, run.dir / "curve.png")
     holds = all(r["open_loop_psnr"] >= r["mean_image_psnr"] for r in rows)
     print(f"imagination better than the mean image in every task: {'holds' if holds else 'fails'}")
     return finish(run, "mow_diagnosis", dict(rows=rows, routing=facts, holds=holds, of=folder))

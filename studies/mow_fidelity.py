@@ -55,7 +55,7 @@ def gradient_noise(agent, frames, since, parts=8, rollouts=1024):
             part = [x[one, i::parts] for x in dream]
             loss, *_ = mow.agent_loss(
                 actor, agent.critic, agent.slow, wm.cluster_of[one], *part, agent.low[one],
-                agent.high[one], gamma=a.gamma, lam=a.lam, entropy=a.entropy)
+                agent.high[one])
             grad = torch.autograd.grad(loss, list(actor.parameters()))
             grads.append(torch.cat([g.flatten() for g in grad]))
         grads = torch.stack(grads)
