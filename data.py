@@ -1200,7 +1200,7 @@ def quick_cpu():
             ctypes.CDLL(None).mallopt(option, value)
     a, b = torch.linspace(0, 9, 2 * 64 * 512).sin().view(2, 64, 512)
     torch.set_float32_matmul_precision("medium")
-    if ((a @ b.T).double() - a.double() @ b.double().T).abs().max() > 1e-3:
+    if ((a @ b.T).double() - a.double() @ b.double().T).abs().max() > 0.05:
         torch.set_float32_matmul_precision("highest")
 
 

@@ -1087,7 +1087,7 @@ COLUMNS = ("model_size rounds seed_episodes round_episodes wm_steps wm_batch wm_
            "policy_steps policy_batch critic_passes horizon").split()
 BUDGETS = {  # what the flags that were left out become, by device and kind of task
     ("cpu", "one"): (1, 12, 16, 4, 10_000, 64, 4, 1e-3, 3_000, 64, 1, 16),
-    ("cpu", "many"): (1, 6, 18, 8, 30_000, 256, 4, 1e-3, 6_000, 16, 1, 8),
+    ("cpu", "many"): (1, 6, 18, 8, 24_000, 256, 4, 1e-3, 4_000, 16, 1, 8),
     ("cpu", "ends"): (1, 60, 12, 6, 8_000, 128, 6, 1e-3, 2_160, 64, 8, 6),
     ("cuda", "one"): (5, 20, 20, 10, 40_000, 256, 16, 3e-4, 20_000, 64, 8, 16),
     ("cuda", "many"): (48, 6, 40, 20, 100_000, 1024, 16, 3e-4, 10_000, 64, 8, 16),

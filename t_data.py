@@ -1026,3 +1026,14 @@ def test_module_is_alone():
     code = (f"import sys; sys.path.insert(0, {HERE!r}); import data; assert not set(sys.modules) & "
             "{'envs', 'pwm', 'h5py', 'tensorboard', 'matplotlib', 'gymnasium', 'tyro'}")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_quick_cpu_still_computes_in_float32():
+    before = torch.get_float32_matmul_precision()
+    try:
+        data.quick_cpu()
+        a, b = torch.randn(2, 64, 512, generator=gen())
+        error = ((a @ b.T).double() - a.double() @ b.double().T).abs().max()
+        assert error < 1e-3  # bfloat16: about 0.3
+    finally:
+        torch.set_float32_matmul_precision(before)
