@@ -36,6 +36,8 @@ losses, and 12 clusters and 12 experts for 26 games. Our choices and deviations:
     acting agent remembers min(16, C + H / 2) steps, the middle of what imagination visits.
  9. Attention and KL do not cross the start of an episode (with --storm they do).
 10. GroupNorm instead of BatchNorm for more than one task; on a CPU smaller sizes and budgets.
+11. The agent's loss leaves out imagined steps after an imagined end, and imagination does not
+    predict the first frame of an episode: there it starts from the frame itself.
 """
 import contextlib
 import copy
@@ -652,36 +654,46 @@ def total_loss(losses, task_coef=1.0, scored=True):
     return sum(scale.get(name, 1.0) * x for name, x in losses.items())
 
 
-def imagine_step(wm, actor, h, e, J, gate, mask, pos, cache):
-    """One imagined step after h_t-1 (K, I, 1, D): x_t (K, I, ·), a_t, h_t, r_t, d_t (K, I)."""
-    z = sample_onehot(wm.prior(h, e)).flatten(-2)                                  # (K, I, 1, Z)
-    x = torch.cat([z, h, e[:, None, None].expand(*h.shape[:3], -1)], -1)[:, :, 0]
+def seen(z, h, e):
+    """What actor and critic see: [z_t, h_t-1] and the embedding, (K, I, 1, ·) -> (K, I, ·)."""
+    return torch.cat([z, h, e[:, None, None].expand(*h.shape[:3], -1)], -1)[:, :, 0]
+
+
+def imagine_step(wm, actor, z, h, e, J, gate, mask, pos, cache):
+    """One imagined step from z_t, h_t-1 (K, I, 1, ·): x_t, a_t, r_t, d_t (K, I, ·), z_t+1, h_t."""
+    x = seen(z, h, e)
     act = actor.sample(x)
     h = wm.sequence(z, act[:, :, None], e, J, gate, mask, pos, cache).float()
     rew = two_hot_inv(wm.head(wm.reward_head, h, e))[:, :, 0]
     done = (wm.head(wm.end_head, h, e)[:, :, 0, 0] > 0).float()
-    return x, act, h, rew, done
+    return x, act, rew, done, sample_onehot(wm.prior(h, e)).flatten(-2), h
 
 
 @torch.no_grad()
 def imagine(wm, actor, z, act, first, H, tau, *, step=imagine_step, reset_mask=True, dtype=None):
-    """The actor's own roll-outs after real steps z (K, I, C, Z), act, first: states x
-    (K, I, H+1, ·), act (K, I, H, A), rew and done (K, I, H). dtype: of the cache."""
-    K, I, C, _ = z.shape
+    """The actor's own roll-outs after C real steps: states x (K, I, H+1, ·), act (K, I, H, A), rew
+    and done (K, I, H). dtype: of the cache.
+
+    z (K, I, C+1, Z), act and first: the real steps and one more, whose z is used only where it
+    opens an episode: nothing predicts it, and the agent sees it with h = 0."""
+    K, I, C = *z.shape[:2], z.shape[2] - 1
     e = wm.embedding()
     _, J, w = wm.routing(e, tau)
-    gate, pos = torch.ones_like(w), torch.arange(C + H + 1, device=z.device)
-    later = torch.zeros(K, I, H + 1, dtype=torch.bool, device=z.device)
+    gate, pos = torch.ones_like(w), torch.arange(C + H, device=z.device)
+    later = torch.zeros(K, I, H - 1, dtype=torch.bool, device=z.device)
     mask = episode_mask(torch.cat([first, later], -1), pos, reset_mask)            # (K, I, T, T)
     cache = wm.new_cache(K, I, len(pos), z.to(dtype or z.dtype))
-    h = wm.sequence(z, act, e, J, gate, mask[:, :, :C], pos[:C], cache)[:, :, -1:].float()
-    steps = []
-    for t in range(C, C + H + 1):
+    past = z[:, :, :C], act[:, :, :C], e, J, gate, mask[:, :, :C], pos[:C]
+    h = wm.sequence(*past, cache)[:, :, -1:].float()
+    fresh = (first[:, :, C:] & reset_mask)[..., None]                              # (K, I, 1, 1)
+    z = torch.where(fresh, z[:, :, C:], sample_onehot(wm.prior(h, e)).flatten(-2))
+    h, steps = h.masked_fill(fresh, 0), []
+    for t in range(C, C + H):
         here = slice(t, t + 1)
-        x, a, h, rew, done = step(wm, actor, h, e, J, gate, mask[:, :, here], pos[here], cache)
-        steps.append((x, a, rew, done))
+        *now, z, h = step(wm, actor, z, h, e, J, gate, mask[:, :, here], pos[here], cache)
+        steps.append(now)
     x, act, rew, done = (torch.stack(s, 2) for s in zip(*steps))
-    return x, act[:, :, :-1], rew[..., :-1], done[..., :-1]
+    return torch.cat([x, seen(z, h, e)[:, :, None]], 2), act, rew, done
 
 
 def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, *, gamma=0.985,
@@ -697,6 +709,7 @@ def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, *,
     with torch.no_grad():
         value = two_hot_inv(logits)
         R = returns(rew, done, value, gamma, lam)
+        alive = F.pad((1 - done[..., :-1]).cumprod(-1), (1, 0), value=1.0)          # Deviation 11
         slow_value = two_hot_inv(slow(flat, cluster_of).view(K, I, H + 1, BINS).float())
         R_slow = returns(rew, done, slow_value, gamma, lam)
         new = torch.quantile(R.flatten(1), torch.tensor([0.05, 0.95], device=R.device), dim=1)
@@ -705,9 +718,10 @@ def agent_loss(actor, critic, slow, cluster_of, x, act, rew, done, low, high, *,
     logp, ent = actor.evaluate(x[:, :, :-1].flatten(1, 2), act.flatten(1, 2))
     logp, ent = logp.view(rew.shape), ent.view(rew.shape)
     critic_loss = two_hot_loss(logits[:, :, :-1], R) + two_hot_loss(logits[:, :, :-1], R_slow)
-    actor_loss = -advantage * logp - entropy * ent
+    critic_loss = alive * critic_loss
+    actor_loss = alive * (-advantage * logp - entropy * ent)
     metrics = {"critic": critic_loss.mean(), "actor": actor_loss.mean(), "entropy": ent.mean(),
-               "imagined_reward": rew.sum(-1).mean(), "value": value.mean(),
+               "imagined_reward": (alive * rew).sum(-1).mean(), "value": value.mean(),
                "advantage_std": advantage.std((1, 2)).mean()}
     return (actor_loss + critic_loss).mean(), low, high, {k: v.detach() for k, v in metrics.items()}
 
@@ -727,7 +741,7 @@ def act(wm, actor, obs, past_z, past_a, n, tau, *, on_prior=False):
     h = h.gather(2, last) * (n > 0)[..., None, None]                               # (K, R, 1, D)
     logp = wm.prior(h, e) if on_prior else wm.posterior(to_images(obs[:, :, None]), e)
     z = sample_onehot(logp).flatten(-2)                                            # (K, R, 1, Z)
-    a = actor.sample(torch.cat([z, h, e[:, None, None].expand(*h.shape[:3], -1)], -1)[:, :, 0])
+    a = actor.sample(seen(z, h, e))
     full = (n == W)[..., None, None]
     here = (pos == n.clamp(max=W - 1)[..., None])[..., None]                       # (K, R, W, 1)
 
@@ -796,7 +810,7 @@ class Agent(nn.Module):
         self.wm = self.make_world_model(
             K=self.K, A=self.A, clusters=args.clusters, experts=args.experts, topk=args.topk,
             norm="bn" if self.K == 1 else "gn", **size,
-            max_len=max(args.length, args.context + args.horizon + 1, WINDOW)).to(device)
+            max_len=max(args.length, args.context + args.horizon, WINDOW)).to(device)
         self.wm.vaes.to(memory_format=torch.channels_last)  # of images and kernels: faster
         self.Z = size["latents"] * size["classes"]
         i = self.Z + size["width"] + size["emb"]
@@ -856,13 +870,13 @@ class Agent(nn.Module):
         I, generator = self.args.rollouts // self.world, torch.Generator()
         generator.manual_seed(draw_seed(*self.draw, self.rank))
         row = torch.randint(B, (K, I, 1), generator=generator).to(self.device)
-        start = torch.randint(L - C + 1, (K, I, 1), generator=generator).to(self.device)
-        steps = start + torch.arange(C, device=self.device)
+        start = torch.randint(L - C, (K, I, 1), generator=generator).to(self.device)
+        steps = start + torch.arange(C + 1, device=self.device)
         at = torch.arange(K, device=self.device)[:, None, None], row, steps
         return self.imagine_from(z[at], batch[1][at], batch[4][at])
 
     def imagine_from(self, z, act, first):
-        """Roll-outs after the real steps z (K, I, C, Z), act, first."""
+        """Roll-outs after the real steps z (K, I, C+1, Z), act, first."""
         self.wm.eval()
         with self.autocast():
             return imagine(self.wm, self.actor, z, act, first, self.args.horizon,
@@ -1136,8 +1150,8 @@ def open_loop_images(agent, batch, C):
     wm, x, L = agent.wm.eval(), to_images(obs), obs.shape[2]
     e, later = wm.embedding(), iter(acts[:, :, C:].unbind(2))
     z, recorded = draw_latent(wm.posterior(x, e)), SimpleNamespace(sample=lambda _: next(later))
-    states, *_ = imagine(wm, recorded, z[:, :, :C], acts[:, :, :C], first[:, :, :C], L - C - 1,
-                         agent.temperature())
+    real = z[:, :, :C + 1], acts[:, :, :C + 1], first[:, :, :C + 1]
+    states, *_ = imagine(wm, recorded, *real, L - C - 1, agent.temperature())
     dream = torch.cat([z[:, :, :C], states[..., :agent.Z]], 2)
     return x, wm.decode(z, e).clamp(0, 1), wm.decode(dream, e).clamp(0, 1)
 

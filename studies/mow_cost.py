@@ -62,7 +62,7 @@ def products(a, A):
 def work_of_update(a, A):
     """Floating-point operations of one update, per task; a backward pass costs two forward ones."""
     p, s, H = products(a, A), a.sizes, a.sizes["hidden"]
-    frames, steps = a.batch * a.length, a.rollouts * (a.context + a.horizon + 1)
+    frames, steps = a.batch * a.length, a.rollouts * (a.context + a.horizon)
     trunk = (s["latents"] * s["classes"] + s["width"] + s["emb"]) * H + H * H
     acting = a.rollouts * (a.horizon + 1) * (7 * trunk + A * H + 3 * mow.BINS * H)
     return 2 * (3 * frames * sum(p.values()) + steps * (p["dynamics"] + p["heads"]) + acting)

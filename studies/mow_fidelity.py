@@ -43,7 +43,7 @@ def gradient_noise(agent, frames, since, parts=8, rollouts=1024):
     a, wm, out = agent.args, agent.wm.eval(), []
     torch.manual_seed(mow.draw_seed(a.seed, 10))
     rng = np.random.default_rng([a.seed, 10])
-    obs, acts, _, _, first = frames.sample(rollouts, a.context, rng, agent.device, since=since)
+    obs, acts, _, _, first = frames.sample(rollouts, a.context + 1, rng, agent.device, since=since)
     with torch.no_grad():
         z = mow.draw_latent(wm.posterior(mow.to_images(obs), wm.embedding()))
     dream = agent.imagine_from(z, acts, first)

@@ -47,7 +47,7 @@ class Fresh(mow.Agent):
     def sample(self, frames, tasks=None):
         batch, a = super().sample(frames, tasks), self.args
         rng = np.random.default_rng([*self.draw, 1])
-        contexts = frames.sample(a.rollouts, a.context, rng, self.device, tasks)
+        contexts = frames.sample(a.rollouts, a.context + 1, rng, self.device, tasks)
         self.contexts = [x[:, self.rank::self.world] for x in contexts]
         return batch
 

@@ -192,7 +192,7 @@ def test_variants_of_the_agent_do_what_they_say(tmp_path):
     frames = mow_frames(agent, tmp_path / "g")
     mow_update(agent, frames)
     agent.play(frames.obs[:, :1].copy(), agent.memory(1), [0])
-    assert agent.contexts[0].shape[:3] == (1, 6, 3) and seen == [dict(on_prior=True)]
+    assert agent.contexts[0].shape[:3] == (1, 6, 4) and seen == [dict(on_prior=True)]
 
 
 # ------------------------------------------------------------------------------------ whole studies
