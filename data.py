@@ -287,15 +287,15 @@ class Episodes:
     def _write(self, task, block):
         """Append checked arrays (n, *row): all data first, only then the headers that count."""
         with self._open_files(task) as fds:
-            have = len(self.arrays(task)["rew"])
+            have, layout = len(self.arrays(task)["rew"]), _layout(self.facts[task])
             size = {name: os.fstat(fd).st_size for name, fd in fds.items()}
-            start = {name: len(_header(0, *x)) for name, x in _layout(self.facts[task]).items()}
-            at = {name: start[name] + have * x[0].nbytes for name, x in block.items()}
+            at = {name: len(_header(0, *layout[name])) + have * x[0].nbytes
+                  for name, x in block.items()}
             need = sum(max(0, at[name] + x.nbytes - size[name]) for name, x in block.items())
             _check_room(self.path, need, f"adding {len(block['rew'])} episodes of {task!r}")
             try:
                 with _full_disk(self.path):
-                    for name, (_, dtype) in _layout(self.facts[task]).items():
+                    for name, (_, dtype) in layout.items():
                         _pwrite(fds[name], np.ascontiguousarray(block[name], dtype), at[name])
             except BaseException:
                 for name, fd in fds.items():
@@ -449,11 +449,11 @@ class Sampler:
         return pool["ep"][pick], (u[1] * room).long(), room + self.horizon - 1
 
     def _table(self, held_out, generator):
+        """A pool as tensors where the generator is."""
         key = bool(held_out), generator.device
         if key not in self._tables:
-            pool = self._pools[key[0]]
-            self._tables[key] = {name: torch.from_numpy(x.astype(np.int64)).to(generator.device)
-                                 for name, x in pool.items()}
+            self._tables[key] = {name: torch.tensor(x, dtype=torch.int64, device=key[1])
+                                 for name, x in self._pools[key[0]].items()}
         return self._tables[key]
 
     def _send(self, x):
@@ -606,25 +606,23 @@ class Frames:
 
     def __init__(self, path, K, N, act_dim, size=64):
         self.path, self.count, self.N, self.arrays = Path(path), 0, N, {}
-        rows = {"obs": ((size, size, 3), "u1"), "act": ((act_dim,), "f4"), "rew": ((), "f4"),
-                "term": ((), "?"), "first": ((), "?")}
-        files = {name: self.path / f"{name}.npy" for name in rows}
-        new = {name for name, file in files.items() if not file.exists()}
-        size_of = {name: np.dtype(x).itemsize * math.prod(row) for name, (row, x) in rows.items()}
+        kinds = {"obs": ("u1", (size, size, 3)), "act": ("f4", (act_dim,)), "rew": ("f4", ()),
+                 "term": ("?", ()), "first": ("?", ())}
+        new = {name for name in kinds if not (self.path / f"{name}.npy").exists()}
+        need = K * N * sum(np.dtype(kinds[name]).itemsize for name in new)
         with _full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            need = K * N * sum(size_of[name] for name in new)
             _check_room(self.path, need, f"a replay of {K} x {N:,} frames")
-            for name, (row, dtype) in rows.items():
-                how = "w+" if name in new else "r+"
-                x = np.lib.format.open_memmap(files[name], how, dtype, (K, N, *row))
+            for name, (dtype, row) in kinds.items():
+                file, shape = self.path / f"{name}.npy", (K, N, *row)
+                x = np.lib.format.open_memmap(file, "w+" if name in new else "r+", dtype, shape)
                 # reserve the space: a map that finds the disk full kills the process
                 if name in new and hasattr(os, "posix_fallocate"):  # macOS has no such call
-                    with open(files[name], "r+b") as f:
+                    with open(file, "r+b") as f:
                         os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
-                if x.shape != (K, N, *row) or x.dtype != dtype:
-                    raise SystemExit(f"{files[name]} holds {x.dtype} {x.shape}; expected {dtype} "
-                                     f"{(K, N, *row)}: choose another folder")
+                if x.shape != shape or x.dtype != dtype:
+                    raise SystemExit(f"{file} holds {x.dtype} {x.shape}; expected {dtype} {shape}: "
+                                     "choose another folder")
                 self.arrays[name] = x
                 setattr(self, name, x)
 
@@ -670,9 +668,9 @@ class Frames:
 CHUNK = ("obs", "action", "reward", "task")
 
 
-def _check_chunk(path, data):
-    """Shapes of the arrays of one chunk.  SystemExit: another layout."""
-    shapes = {}
+def _open_chunk(path):
+    """{name in CHUNK: array (N,R,..)} of one file.  SystemExit: another layout."""
+    data, shapes = safe_load(path), {}
     if isinstance(data, dict):
         shapes = {x: tuple(getattr(data.get(x), "shape", ())) for x in CHUNK}
     rows = shapes.get("reward", ())
@@ -680,11 +678,11 @@ def _check_chunk(path, data):
     if not fits or {x[:2] for x in shapes.values()} != {rows}:
         raise SystemExit(f"{path} holds {shapes or type(data).__name__}; expected obs (N,R,O), "
                          "action (N,R,A), reward (N,R), task (N,R)")
-    return shapes
+    return {x: data[x].numpy() for x in CHUNK}
 
 
 def _chunks(src):
-    """The chunk files in order, opened: [(path, {name in CHUNK: array (N,R,..)})]."""
+    """The chunk files in order, opened: [(path, _open_chunk(path))]."""
     found = {int(p.stem[6:]): p for p in Path(src).glob("chunk_*.pt") if p.stem[6:].isdigit()}
     if not found:
         raise SystemExit(f"no chunk_0.pt, chunk_1.pt, .. in {src}: download mt30 or mt80 of "
@@ -692,15 +690,11 @@ def _chunks(src):
     if missing := sorted(set(range(max(found))) - set(found)):
         raise SystemExit(f"{src} has chunk_{max(found)}.pt but no chunk_{missing[0]}.pt: download "
                          "it")
-    chunks, widths = [], None
-    for _, path in sorted(found.items()):
-        data = safe_load(path)
-        shapes = _check_chunk(path, data)
-        widths = widths or (shapes["obs"][1:], shapes["action"][2])
-        if widths != (shapes["obs"][1:], shapes["action"][2]):
-            raise SystemExit(f"{path} has obs {shapes['obs']}, action {shapes['action']}; "
+    chunks = [(path, _open_chunk(path)) for _, path in sorted(found.items())]
+    for path, data in chunks:
+        if any(data[x].shape[1:] != chunks[0][1][x].shape[1:] for x in CHUNK):
+            raise SystemExit(f"{path} has obs {data['obs'].shape}, action {data['action'].shape}; "
                              "chunk_0.pt has other sizes: keep mt30 and mt80 in two folders")
-        chunks.append((path, {x: data[x].numpy() for x in CHUNK}))
     return chunks
 
 
@@ -1564,7 +1558,7 @@ class Run:
 def side_by_side(job, todo, workers):
     """Call job(*args) for all of todo = {key: args} and give each key when its call has ended.
 
-    workers > 1: in so many processes, so that `job` must be a function of a module."""
+    workers > 1: in so many processes of one thread; `job` must be a function of a module."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
     workers = min(workers, len(todo))
@@ -1573,20 +1567,17 @@ def side_by_side(job, todo, workers):
             job(*args)
             yield key
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         jobs = {pool.submit(job, *args): key for key, args in todo.items()}
         try:
             for one in as_completed(jobs):
                 one.result()
                 yield jobs[one]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)                 # not after hours of other cells
-            raise
+        finally:
+            pool.shutdown(cancel_futures=True)     # an error does not wait for hours of other cells
 
 
-def _cell(work, name, cell, folder, file, alone):
-    if not alone:
-        torch.set_num_threads(1)
+def _cell(work, name, cell, folder, file):
     began = time.time()
     result = {**work(name, cell, folder), "cell": name}
     result.setdefault("seconds", round(time.time() - began, 1))
@@ -1598,13 +1589,13 @@ def run_cells(work, cells, folder, workers=1, tell=None):
     compared.
 
     Results, plain dicts, are kept in folder/cells/<name>.json, and a cell that is there is not run
-    again, so that a study that was killed goes on.  workers: see side_by_side; one thread for each.
+    again, so that a study that was killed goes on.  workers: see side_by_side.
     tell(result) -> words for the line that is printed when a cell has ended."""
     files = {name: Path(folder) / "cells" / f"{quote(name, safe=' ,+')}.json" for name in cells}
     (Path(folder) / "cells").mkdir(parents=True, exist_ok=True)
     todo = [name for name, file in files.items() if not file.exists()]
-    alone, began = min(workers, len(todo)) < 2, time.time()
-    jobs = {name: (work, name, cells[name], folder, files[name], alone) for name in todo}
+    jobs = {name: (work, name, cells[name], folder, files[name]) for name in todo}
+    began = time.time()
     for i, name in enumerate(side_by_side(_cell, jobs, workers), 1):
         left = (time.time() - began) / i * (len(todo) - i)
         result = json.loads(files[name].read_text())
