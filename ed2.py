@@ -117,7 +117,7 @@ def two_hot_loss(logits, x):
     """Cross-entropy of logits (.., BINS) with symlog(x) (..), spread on two neighbouring bins."""
     y = (symlog(x).clamp(-BIN_LIMIT, BIN_LIMIT) + BIN_LIMIT) * ((BINS - 1) / (2 * BIN_LIMIT))
     k = y.floor()
-    frac, k = y - k, k.long()[..., None]
+    frac, k = y - k, k.long().clamp(0, BINS - 1)[..., None]  # of NaN: any, frac carries it on
     logp = logits.log_softmax(-1)
     low, high = logp.gather(-1, k)[..., 0], logp.gather(-1, (k + 1) % BINS)[..., 0]
     return -((1 - frac) * low + frac * high)
@@ -139,7 +139,7 @@ def symexp_bins(device):
 def symexp_two_hot_loss(logits, x):
     """Cross-entropy of logits (.., 255) with x (..), split linearly in raw space: the mean is x."""
     bins = symexp_bins(x.device)
-    k = (symlog(x) * (127 / 20) + 127).clamp(0, 253).long()
+    k = (symlog(x) * (127 / 20) + 127).nan_to_num().clamp(0, 253).long()  # `high` keeps a NaN
     high = ((x - bins[k]) / (bins[k + 1] - bins[k])).clamp(0, 1)
     logp = logits.log_softmax(-1)
     low = logp.gather(-1, k[..., None])[..., 0]
@@ -635,28 +635,39 @@ class LaProp(torch.optim.Optimizer):
     """
 
     def __init__(self, model, lr=4e-5, warmup=1000):
-        self.warmup, groups = warmup, []
+        self.warmup, params, self.dims = warmup, [], []
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
-                dims = list(range(name in getattr(module, "apart", ()), p.ndim))
-                groups.append(dict(params=[p], dims=dims, scale=1.0))
-        super().__init__(groups, dict(lr=lr))
-        for p in (group["params"][0] for group in groups):
-            steps = torch.zeros((), device=p.device)  # a tensor: no host sync
-            self.state[p] = dict(mu=torch.zeros_like(p), nu=torch.zeros_like(p), steps=steps)
+                params.append(p)
+                self.dims.append(list(range(name in getattr(module, "apart", ()), p.ndim)))
+        super().__init__(params, dict(lr=lr))
+        for p in params:
+            self.state[p] = dict(mu=torch.zeros_like(p), nu=torch.zeros_like(p))
+        self.state[params[0]]["steps"] = torch.zeros((), device=params[0].device)  # no host sync
+
+    def norms(self, tensors):
+        return [torch.linalg.vector_norm(x, dim=d, keepdim=True) for x, d in zip(tensors, self.dims)]
 
     @torch.no_grad()
     def step(self, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-20):
-        for group in self.param_groups:
-            (p,), dims = group["params"], group["dims"]
-            g, (mu, nu, steps) = p.grad, self.state[p].values()
-            limit, norm = (torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (p, g))
-            g = g * (clip * limit.clamp(min=1e-3) / norm).clamp(max=1.0)  # inf where g is 0
-            steps += 1
-            nu.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            mu.lerp_(g / ((nu / (1 - beta2**steps)).sqrt() + eps), 1 - beta1)
-            warm = (steps / self.warmup).clamp(max=1)
-            p -= mu * (group["lr"] * warm / (1 - beta1**steps))
+        (group,) = self.param_groups
+        params = group["params"]
+        mu, nu = ([self.state[p][k] for p in params] for k in ("mu", "nu"))
+        steps = self.state[params[0]]["steps"].add_(1)
+        limit, grads = self.norms(params), [p.grad for p in params]
+        torch._foreach_clamp_min_(limit, 1e-3)
+        torch._foreach_mul_(limit, clip)
+        torch._foreach_div_(limit, self.norms(grads))  # inf where the gradient is 0
+        torch._foreach_clamp_max_(limit, 1.0)
+        grads = torch._foreach_mul(grads, limit)
+        torch._foreach_mul_(nu, beta2)
+        torch._foreach_addcmul_(nu, grads, grads, 1 - beta2)
+        rms = torch._foreach_div(nu, 1 - beta2**steps)
+        torch._foreach_sqrt_(rms)
+        torch._foreach_add_(rms, eps)
+        torch._foreach_lerp_(mu, torch._foreach_div(grads, rms), 1 - beta1)
+        lr = group["lr"] * (steps / self.warmup).clamp(max=1) / (1 - beta1**steps)
+        torch._foreach_sub_(params, torch._foreach_mul(mu, lr))
 
 
 # -------------------------------------------------------------------------------------- training

@@ -166,7 +166,7 @@ def two_hot_loss(logits, x):
     """Cross-entropy of logits (.., BINS) with symlog(x) (..), spread on two neighbouring bins."""
     y = (symlog(x).clamp(-BIN_LIMIT, BIN_LIMIT) + BIN_LIMIT) * ((BINS - 1) / (2 * BIN_LIMIT))
     k = y.floor()
-    frac, k = y - k, k.long()[..., None]
+    frac, k = y - k, k.long().clamp(0, BINS - 1)[..., None]  # of NaN: any, frac carries it on
     logp = logits.log_softmax(-1)
     low, high = logp.gather(-1, k)[..., 0], logp.gather(-1, (k + 1) % BINS)[..., 0]
     return -((1 - frac) * low + frac * high)

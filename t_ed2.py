@@ -498,6 +498,20 @@ def test_ed2_rate_falls_and_a_loss_that_is_not_finite_stops():
     model.w_z.data[0] = float("nan")
     with says("not finite", "learning rate"):
         ed2_train(model, Push3(), ed2_args(), 0, encoder)
+    bad = Push3(9)
+    bad.sequences = lambda *a: Push3.sequences(bad, *a)._replace(rew=torch.full((9, 4), math.nan))
+    for wm, model in (("tdmpc2", tiny_tdmpc2()), ("dreamerv3", tiny_dreamer(4, 3))):
+        with says("not finite", "learning rate"):
+            ed2_train(model, bad, ed2_args(wm=wm))
+
+
+def test_ed2_two_hot_losses_carry_nan_to_the_finite_check():
+    x, logits = torch.tensor([0.3, math.nan, -math.inf, 2e9]), torch.randn(4, 255)
+    for script in (pwm, ed2, mow):
+        loss = script.two_hot_loss(logits[:, :script.BINS], x)
+        assert loss.isnan().tolist() == [False, True, False, False]
+    loss = ed2.symexp_two_hot_loss(logits, x)
+    assert loss[1].isnan() and loss[[0, 3]].isfinite().all()
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -826,9 +840,10 @@ def test_ed2_dreamer_laprop_against_a_slow_reference():
 def test_ed2_dreamer_sub_cores_are_clipped_apart_and_masked_weights_stay_zero():
     model = copy.deepcopy(tiny_dreamer(groups=WALKER, width=16))
     opt = ed2.LaProp(model, 1e-2, 1)
-    assert [id(g["params"][0]) for g in opt.param_groups] == [id(p) for p in model.parameters()]
-    apart = {name for (name, p), g in zip(model.named_parameters(), opt.param_groups)
-             if g["dims"] == list(range(1, p.ndim))}
+    params = opt.param_groups[0]["params"]
+    assert list(map(id, params)) == list(map(id, model.parameters()))
+    apart = {name for (name, p), dims in zip(model.named_parameters(), opt.dims)
+             if dims == list(range(1, p.ndim))}
     rssm = {"act_weight", "act_bias", "act_gain", "hid_gain"}
     rssm |= {f"{m}.{x}" for m in ("hid", "gru") for x in ("weight", "bias")}
     assert apart == {f"rssm.{name}" for name in rssm}
