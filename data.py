@@ -212,9 +212,8 @@ class Episodes:
             raise SystemExit(f"{self.path} has no task {task!r}; it has {', '.join(self.tasks)}")
         return self.path / quote(task, safe="") / f"{name}.npy"
 
-    def _maps(self, task):
-        """{name: memory map} of a task, checked; of unequal lengths after an append was cut
-        short."""
+    def arrays(self, task):
+        """{"obs", "act", "rew", "term", "length"}: read-only memory maps."""
         maps = {}
         for name, (row, dtype) in _layout(self.facts.get(task, (1, 1, 1))).items():
             file = self._file(task, name)
@@ -226,12 +225,7 @@ class Episodes:
             if x.shape[1:] != row or x.dtype != dtype:
                 raise SystemExit(f"{file} holds {x.dtype} {x.shape}, meta.json says {dtype} (N, "
                                  f"{row})")
-        return maps
-
-    def arrays(self, task):
-        """{"obs", "act", "rew", "term", "length"}: read-only memory maps."""
-        maps = self._maps(task)
-        n = min(map(len, maps.values()))
+        n = min(map(len, maps.values()))           # unequal after an append was cut short
         return {name: x[:n] for name, x in maps.items()}
 
     def counts(self):
@@ -1024,26 +1018,23 @@ def _part_meta(path, recipe=None):
     return meta
 
 
-def fill_cache(folder, recipe, job, parts, workers, room=0):
+def fill_cache(folder, recipe, job, parts, workers):
     """job(path, recipe, *args) for every file that is missing of parts = {name: (clips, args)}.
-
-    room: bytes that a clip needs at most.  SystemExit: no OpenGL, foreign files, full disk."""
+    SystemExit: no OpenGL, foreign files, full disk."""
     from tqdm import tqdm
 
     from envs import choose_gl
-    folder, todo = Path(folder), {}
-    for name, (_, args) in parts.items():
-        if (folder / name).exists():
-            _part_meta(folder / name, recipe)
-        else:
-            todo[name] = folder / name, recipe, *args
+    folder = Path(folder)
+    todo = {name: (folder / name, recipe, *args) for name, (_, args) in parts.items()
+            if not (folder / name).exists()}
+    for name in parts.keys() - todo:
+        _part_meta(folder / name, recipe)
     if not todo:
         return
     choose_gl()
     with _full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    total, left = sum(n for n, _ in parts.values()), sum(parts[name][0] for name in todo)
-    _check_room(folder, left * room, f"rendering {left} clips")
+    total, left = (sum(parts[name][0] for name in names) for names in (parts, todo))
     with tqdm(total=total, initial=total - left, unit="clip", desc="render") as bar:
         for name in side_by_side(job, todo, workers):
             bar.update(parts[name][0])
@@ -1076,8 +1067,7 @@ def make_video(folder, kind, clips, frames, size=64, color="parts", floor="plain
                   floor=floor, seed=seed)
     ends = [min(a + PART_CLIPS, clips) for a in range(0, clips, PART_CLIPS)]
     parts = {f"part_{a:06d}_{b:06d}.h5": (b - a, (kind, a, b)) for a, b in zip([0, *ends], ends)}
-    room = frames * size * size * 8 // 4  # bytes of a clip; gzip makes them a quarter at least
-    fill_cache(folder, recipe, _render_part, parts, workers, room)
+    fill_cache(folder, recipe, _render_part, parts, workers)
 
 
 def open_video(folder, splits=(0, 1, 2)):
@@ -1585,8 +1575,7 @@ def _cell(work, name, cell, folder, file):
 
 
 def run_cells(work, cells, folder, workers=1, tell=None):
-    """{name: result} of work(name, cell, folder) for cells {name: cell}: trainings that are
-    compared.
+    """{name: result} of work(name, cell, folder) for cells {name: cell}, trainings to compare.
 
     Results, plain dicts, are kept in folder/cells/<name>.json, and a cell that is there is not run
     again, so that a study that was killed goes on.  workers: see side_by_side.
