@@ -48,6 +48,7 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Literal
 
+import imageio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -270,11 +271,9 @@ def sketch(grad, size=SKETCH):
 
 def task_similarity(grads):
     """Cosine of gradients (K, layers, m) or (K, m) of every two tasks, mean over layers: (K, K)."""
-    g = np.asarray(grads, np.float64)
-    g = g[:, None] if g.ndim == 2 else g
-    norm = np.linalg.norm(g, axis=-1, keepdims=True)
-    g = np.divide(g, norm, out=np.zeros_like(g), where=norm > 0)
-    return np.einsum("ilm,jlm->ij", g, g) / g.shape[1]
+    g = torch.from_numpy(np.asarray(grads, np.float64))
+    g = F.normalize(g if g.ndim == 3 else g[:, None], dim=-1, eps=1e-300)
+    return (torch.einsum("ilm,jlm->ij", g, g) / g.shape[1]).numpy()
 
 
 def cluster_tasks(grads, n):
@@ -1108,20 +1107,24 @@ def train(args, run, agent, stage):
 # -------------------------------------------------------------------------------------- evaluation
 def evaluate(agent, tasks, options, episodes, seed, choose, film=None):
     """Whole episodes -> per task [(return, success)], and the actions (K, n, A) that were taken.
-    choose as in Stage.send. film: a list per task for the frames of one episode."""
+    choose as in Stage.send. film: folder for one episode of every task, as mp4."""
     K, R, taken = len(tasks), min(episodes, 4), []
+    films = {task: [] for task in tasks if film}
     # so many episodes of every environment, whatever their length: no bias to short ones
     quota = [episodes // R + (r < episodes % R) for r in range(R)] * K
     with Fleet(np.repeat(tasks, R).tolist(), options) as fleet:
         stage = Stage(agent, fleet, R, lambda *which: draw_seed(seed, 5, *which))
         stage.begin()
         while any(n < q for n, q in zip(stage.episode, quota)):
-            for k, images in enumerate(film or ()):
+            for k, images in enumerate(films.values()):
                 if not stage.episode[k * R]:
                     images.append(stage.obs[k * R])
             stage.send(choose, [seed, 6, len(taken)])
             taken.append(stage.action)
             stage.receive()
+    for task, images in films.items():
+        large = np.stack(images).repeat(4, 1).repeat(4, 2)
+        imageio.mimwrite(film / f"{task}.mp4", large, fps=15, macro_block_size=1)
     played = [[] for _ in tasks]
     for j, n in enumerate(quota):
         played[j // R] += [(ret, won) for _, i, ret, won in stage.finished if i == j][:n]
@@ -1159,7 +1162,6 @@ def open_loop_images(agent, batch, C):
 def draw_dream(agent, frames, path, columns=12):
     """A picture of one window per task: real images, reconstructed ones below, and below these what
     is imagined after the first C images. `studies/mow_diagnosis.py` draws it with labels."""
-    import imageio
     a = agent.args
     torch.manual_seed(draw_seed(a.seed, 8))
     batch = frames.sample(1, a.length, np.random.default_rng([a.seed, 8]), agent.device)
@@ -1218,14 +1220,13 @@ def task_list(text):
 
 def settle(args, tasks, device):
     """Values for all flags that were left out. SystemExit: flags that nobody reads."""
-    K, preset = len(tasks), args.preset
     if args.eval_only:
         data.refuse(args, "steps random_steps warmup train_every batch rollouts lr agent_lr",
                     "--eval-only does not train")
     elif args.checkpoint:
         data.refuse(args, "warmup", "the modules of --checkpoint have their clusters")
-    if preset == "auto":
-        preset = "gpu" if device.type == "cuda" else "cpu"
+    auto, K = "gpu" if device.type == "cuda" else "cpu", len(tasks)
+    preset = auto if args.preset == "auto" else args.preset
     values, sizes = {**PRESETS[preset], **(FAST if args.fast else {})}, SIZES[preset]
     if preset == "paper":
         values["rollouts"] = 1024 if K == 1 else values["rollouts"]
@@ -1324,12 +1325,8 @@ def main(args: Args, make_agent=Agent):
         extra["routing"] = {"scores": S.tolist(), "chosen": J.tolist()}
         draw_dream(agent, stage.frames, run.dir / "frames.png")
     print(f"playing {args.eval_episodes} episodes per task", flush=True)
-    films = [[] for _ in tasks] if args.capture_video else None
-    played = evaluate_all(agent, tasks, options, args.eval_episodes, args.seed, films)
-    for task, images in zip(tasks, films or ()):
-        import imageio
-        large = np.stack(images).repeat(4, 1).repeat(4, 2)
-        imageio.mimwrite(run.dir / f"{task}.mp4", large, fps=15, macro_block_size=1)
+    film = run.dir if args.capture_video else None
+    played = evaluate_all(agent, tasks, options, args.eval_episodes, args.seed, film)
     return run.finish({**report(tasks, agent.wm.labels, played, run), **extra})
 
 
