@@ -25,8 +25,6 @@ Deviations from the paper:
  7. Linear and convolutional layers start as in the authors' JAX code.
  8. --init com conditions on centres of parts instead of boxes; slots of the background come last.
 """
-import contextlib
-import ctypes
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -763,13 +761,6 @@ def draw(model, clips, task_names, folder, movie=False):
 
 
 # ------------------------------------------------------------------------------------- main
-def keep_memory():
-    """Let glibc keep freed memory: fresh pages for every activation were 30 % of an update."""
-    with contextlib.suppress(AttributeError, OSError):  # no glibc
-        for option, value in ((-1, 2**31 - 1), (-3, 2**25), (-2, 2**28)):  # trim, mmap, top pad
-            ctypes.CDLL(None).mallopt(option, value)
-
-
 def read_checkpoint(path):
     """{"model": weights, "args": flags of video and network} of a checkpoint.pt."""
     try:
@@ -822,8 +813,6 @@ def main(args: Args):
     args = resumed(args) if args.resume else filled(args, device)
     check_flags(args)
     torch.set_num_threads(args.threads)
-    keep_memory()
-
     print(f"SAVi on {args.task} ({args.color}), {args.size} pixels, {args.slots} slots of "
           f"{args.dim}; {args.clips} clips of {args.clip_frames} frames, {args.updates:,} updates "
           f"of {args.batch} x {args.frames} frames, learning rate {args.lr}; {chip}, "

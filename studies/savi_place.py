@@ -217,7 +217,6 @@ def place_work(name, cell, folder):
         return work(name, cell, folder)
     args, device = savi.Args(**cell["args"]), choose_device(cell["args"]["device"])[0]
     torch.set_num_threads(args.threads)
-    savi.keep_memory()
     arrays, meta = savi.load_video(args)
     torch.manual_seed(args.seed)
     model = PlacedSAVi(args, cell["radius"], cell["sharpness"]).to(device)

@@ -63,7 +63,6 @@ def learn(args, folder, model=None):
     """Train a network (or `model`) in a folder: (model, test clips, scores and curve)."""
     device, _ = choose_device(args.device)
     torch.set_num_threads(args.threads)
-    savi.keep_memory()
     arrays, _ = savi.load_video(args)
     train, test, val = (savi.Clips(arrays, savi.pick(arrays, split, most), args, device)
                         for split, most in ((0, None), (1, savi.EVAL_CLIPS), (2, 24)))
