@@ -19,8 +19,8 @@ first: obs (H+1, B, O), act (H, B, A), rew (H, B). `groups` are lists of action 
 Deviations from the paper:
  1. Data (Sec. 4): the paper used TD-MPC2's 20 GB set and replay of DreamerV3 runs; without
     --data-dir this script plays random actions, then an evolving linear policy: minutes, not days.
- 2. Sub-models are as narrow as it takes to have the parameters of the single model; --match none:
-    as wide as it, with k times as many parameters, which is what the published comparisons did.
+ 2. Sub-models are as narrow as it takes to have the parameters of the single model; published were
+    sub-models as wide as it, with k times as many parameters (studies/ed2_tables.py has both).
  3. TD-MPC2's errors are compared in the latents of one fixed encoder: two that are trained side by
     side have latents of different scale, so that their losses (Table 2) say nothing of each other.
  4. DreamerV3's dynamics loss (Table 1) is clipped at 1 nat and falls when the posterior says less;
@@ -61,10 +61,6 @@ class Args:
     """backbone: TD-MPC2's MLP dynamics or DreamerV3's recurrent state-space model"""
     partition: Literal["sd2", "published", "full", "none"] = "sd2"
     """groups: SD2's on random data; published; one per action; one. More: studies.ed2_partitions"""
-    agg: Literal["hidden", "post"] = "hidden"
-    """tdmpc2: average the sub-models' last hidden layers, or their outputs as in Eq. (2)"""
-    match: Literal["params", "none"] = "params"
-    """params: sub-models as narrow as the single model's parameters allow; none: as wide as it"""
     eta: float = 0.0
     """SD2 merges while the best score is above this (0 gives the published dm_control groups)"""
     data_dir: str | None = None
@@ -310,22 +306,21 @@ def simnorm(x, V=8):
 class Dynamics(nn.Module):
     """D2P on TD-MPC2: k trunks (latent, own actions) -> w -> w, and a head; one group is its MLP.
 
-    agg "hidden": mean of the trunks' last layers, one head (as ED2 on MBPO); "post": a head each,
-    mean of the outputs, Eq. (2) itself. No loop over trunks: their first layer is one product with
+    The head reads the mean of the trunks' last layers, as ED2 on MBPO (a head each and the mean of
+    their outputs: studies/ed2_cores.py). No loop over trunks: their first layer is one product with
     W_z (D, k w) and W_a (A, k w), W_a masked: other groups' actions have weight and gradient 0.
     """
 
-    def __init__(self, latent, act_dim, width, groups, agg="hidden"):
+    def __init__(self, latent, act_dim, width, groups):
         super().__init__()
-        k = len(groups)
-        self.width, self.agg = width, agg
+        k, self.width = len(groups), width
         self.register_buffer("assign", assignment(groups, act_dim))  # (A, k)
         self.w_z, self.w_a = tiny(latent, k * width), tiny(act_dim, k * width)
         self.bias = nn.Parameter(torch.zeros(k * width))
         self.gain = nn.Parameter(torch.ones(k, width))
         self.shift = nn.Parameter(torch.zeros(k, width))
         self.second = NormedStacked(k, width, width)
-        self.head = NormedStacked(1 if agg == "hidden" else k, width, latent, simnorm)
+        self.head = NormedStacked(1, width, latent, simnorm)
 
     def trunks(self, z, act):
         """z (B, D), act (B, A) -> last hidden layers (k, B, w)"""
@@ -335,8 +330,7 @@ class Dynamics(nn.Module):
         return self.second(x.transpose(0, 1))
 
     def forward(self, z, act):  # -> next z (B, D)
-        x = self.trunks(z, act)
-        return self.head(x.mean(0, keepdim=True) if self.agg == "hidden" else x).mean(0)
+        return self.head(self.trunks(z, act).mean(0, keepdim=True))[0]
 
 
 class TDMPC2(nn.Module):
@@ -524,11 +518,11 @@ DREAMER_SIZES = {  # named by their authors' totals with convolutions
     "50m": dict(deter=4096, hidden=512, classes=32, units=512)}
 
 
-def counter(wm, model_size, agg="hidden"):
+def counter(wm, model_size):
     """(count, width of the single model): count(groups, width) -> unmasked parameters of D2P."""
     def tdmpc2(groups, width):
         trunks = sum((latent + len(G)) * width + width * width + 6 * width for G in groups)
-        return trunks + (1 if agg == "hidden" else len(groups)) * (width + 3) * latent
+        return trunks + (width + 3) * latent
 
     def dreamerv3(groups, width):
         inputs = deter + 32 * classes + 4 + sum(len(G) + 2 for G in groups)  # of the embeddings
@@ -547,7 +541,7 @@ def match_width(count, target, step=8):
     width = min(range(step, 2**15, step), key=lambda w: abs(count(w) - target))
     if abs(count(width) / target - 1) > 0.05:
         raise SystemExit(f"no width gives {target:,} parameters within 5 % (width {width} has "
-                         f"{count(width):,}): use a larger --model-size or --match none")
+                         f"{count(width):,}): use a larger --model-size")
     return width
 
 
@@ -646,7 +640,8 @@ class LaProp(torch.optim.Optimizer):
         self.state[params[0]]["steps"] = torch.zeros((), device=params[0].device)  # no host sync
 
     def norms(self, tensors):
-        return [torch.linalg.vector_norm(x, dim=d, keepdim=True) for x, d in zip(tensors, self.dims)]
+        norm = torch.linalg.vector_norm
+        return [norm(x, dim=dims, keepdim=True) for x, dims in zip(tensors, self.dims)]
 
     @torch.no_grad()
     def step(self, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-20):
@@ -838,13 +833,6 @@ HORIZONS = {"tdmpc2": (1, 3, 5, 10), "dreamerv3": (1, 5, 15, 45)}  # steps of op
 CONTEXT = 16  # observations that DreamerV3 sees before
 
 
-def ridge(x, y, penalty=1e-4):
-    """Least squares with intercept in float64: x (N, n), y (N, d) -> weights (n+1, d)."""
-    x = np.c_[np.asarray(x, np.float64), np.ones(len(x))]
-    gram = x.T @ x + penalty * len(x) * np.eye(x.shape[1])
-    return np.linalg.solve(gram, x.T @ np.asarray(y, np.float64))
-
-
 def nmse(pred, true, spread):
     """mean_d E(pred - true)^2 / Var_d where it varies; pred, true (B, d), spread (d,) variances."""
     live, error = spread > 1e-6, ((pred - true) ** 2).mean(0)
@@ -855,29 +843,19 @@ def nmse(pred, true, spread):
 def measure_latents(encoder, dynamics, sampler, batch=2048):
     """Held-out open-loop errors of latents after h steps; sampler: slices of 10 steps.
 
-    logged: as in training; per_step_mse: mean of 3 steps; fast_mse_1: on the tenth of steps with
-    the largest state change (mostly contacts); latent_nmse_h: over the latents' variance;
-    state_nmse_h: read out by a ridge probe; persistence: nothing changes.
+    logged: as in training; per_step_mse: mean of 3 steps; persistence: nothing changes. More, on
+    the same samples: studies/ed2_cores.py, which fits a probe on those that are drawn first.
     """
     generator = torch.Generator(next(encoder.parameters()).device).manual_seed(0)
-    obs = sampler.sequences(batch, generator)[0]
-    probe = ridge(encoder(obs).flatten(0, 1).cpu(), obs.flatten(0, 1).cpu())
+    sampler.sequences(batch, generator)
     obs, act, *_ = sampler.sequences(batch, generator, held_out=True)
-    z, states = encoder(obs), obs.cpu().double().numpy()
-    pred = unroll(dynamics, z[0], act)
-    error = (pred - z[1:]).square().mean(2)  # (H, B)
+    z = encoder(obs)
+    error = (unroll(dynamics, z[0], act) - z[1:]).square().mean(2)  # (H, B)
     rho = 0.5 ** torch.arange(3, device=z.device)
-    spread = states.reshape(-1, states.shape[-1]).var(0)
-    change = ((states[1] - states[0]) ** 2 / np.maximum(spread, 1e-6)).sum(1)
-    fast = torch.as_tensor(change >= np.quantile(change, 0.9), device=z.device)
-    out = dict(logged=(error[:3].mean(1) * rho).mean(), per_step_mse=error[:3].mean(),
-               fast_mse_1=error[0][fast].mean())
+    out = dict(logged=(error[:3].mean(1) * rho).mean(), per_step_mse=error[:3].mean())
     for h in HORIZONS["tdmpc2"]:
-        square = (pred[h - 1] - z[h]).square().mean(0).sum()
-        decoded = np.c_[pred[h - 1].cpu(), np.ones(batch)] @ probe
-        out |= {f"mse_{h}": error[h - 1].mean(), f"latent_nmse_{h}": square / z[0].var(0).sum(),
-                f"state_nmse_{h}": nmse(decoded, states[h], spread),
-                f"persistence_mse_{h}": (z[0] - z[h]).square().mean()}
+        out[f"mse_{h}"] = error[h - 1].mean()
+        out[f"persistence_mse_{h}"] = (z[0] - z[h]).square().mean()
     return {k: float(x) for k, x in out.items()}
 
 
@@ -931,10 +909,10 @@ def build(args, O, A, groups, width):
     """What predicts with these groups: TD-MPC2's dynamics, or DreamerV3's whole world model."""
     if args.wm == "dreamerv3":
         return DreamerV3(O, A, **DREAMER_SIZES[args.model_size], groups=groups, width=width)
-    return Dynamics(TDMPC2_SIZES[args.model_size][0], A, width, groups, args.agg)
+    return Dynamics(TDMPC2_SIZES[args.model_size][0], A, width, groups)
 
 
-def run_cell(name, cell, folder, build=build):
+def run_cell(name, cell, folder, build=build, measure=None):
     """Train and test one model: cell = {wm, task, regime, variant, seed, groups, width, args}."""
     args, folder, encoder = Args(**cell["args"]), Path(folder), None
     task, seed, groups, width = (cell[k] for k in ("task", "seed", "groups", "width"))
@@ -961,13 +939,13 @@ def run_cell(name, cell, folder, build=build):
         numbers = measure_rssm(model, short, longer)
     else:
         parts = (encoder, model) if encoder else (model.encoder, model.dynamics)
-        numbers = measure_latents(*parts, longer)
+        numbers = (measure or measure_latents)(*parts, longer)
     if (cell["regime"], cell["variant"]) == ("joint", "single"):
         fixed.parent.mkdir(exist_ok=True)
         data.save_torch(fixed, model.encoder.state_dict())
     run.close()
     (run.dir / "checkpoint.pt").unlink()  # the numbers remain
-    size = counter(args.wm, args.model_size, args.agg)[0](groups, width)
+    size = counter(args.wm, args.model_size)[0](groups, width)
     told = {k: v for k, v in cell.items() if k != "args"} | dict(updates=args.updates)
     return told | dict(dynamics_params=size, train_loss=loss) | numbers
 
@@ -1008,12 +986,10 @@ def verdict(mean, low, high, better_than_controls=True):
 
 def plan(args, groups):
     """{variant: (groups, width)}: one model, and ED2 unless all actions are one group."""
-    count, full = counter(args.wm, args.model_size, args.agg)
+    count, full = counter(args.wm, args.model_size)
     single = [sorted(j for G in groups for j in G)]
     if len(groups) == 1:
         return {"single": (single, full)}
-    if args.match == "none":
-        return {"single": (single, full), "ed2_wide": (groups, full)}
     width = match_width(lambda w: count(groups, w), count(single, full))
     return {"single": (single, full), "ed2": (groups, width)}
 
@@ -1089,10 +1065,12 @@ MOVED = {
     "--tables": "python -m studies.ed2_tables", "--encoder": "python -m studies.ed2_tables",
     "--discovery": "python -m studies.ed2_discovery", "--bodies": "python -m studies.ed2_bodies",
     "--cost": "python -m studies.ed2_cost", "--mode offline": "python ed2.py",
-    "--agg mean": "python ed2.py --wm dreamerv3", "--size": "--model-size"}
+    "--agg mean": "python ed2.py --wm dreamerv3", "--size": "--model-size",
+    "--agg hidden": "python ed2.py", "--match": "python -m studies.ed2_tables"}
 MOVED |= {f"--partition {x}": f"python -m studies.ed2_partitions --partition {x}"
           for x in ("sd2j", "learned", "human", "random")}
-MOVED |= {f"--agg {x}": f"python -m studies.ed2_cores --core {x}" for x in ("pre", "blocks")}
+MOVED |= {f"--agg {x}": f"python -m studies.ed2_cores --core {x}"
+          for x in ("pre", "post", "blocks")}
 MOVED |= {x: "python -m studies.ed2_online" for x in (
     "--mode online", "--checkpoint", "--eval-only", "--capture-video", "--train-ratio")}
 
@@ -1107,8 +1085,6 @@ def check(args):
     if args.model_size not in (None, *sizes):
         raise SystemExit(f"--model-size {args.model_size} with --wm {args.wm}: expected one of "
                          f"{', '.join(sizes)}")
-    if args.wm == "dreamerv3":
-        data.refuse(args, "agg", "only TD-MPC2 reads it; DreamerV3 averages recurrent states")
     if args.data_dir and not args.resume:
         data.refuse(args, "data_steps", "the episodes are those of --data-dir")
     if args.partition != "sd2":

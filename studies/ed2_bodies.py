@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import data
 import ed2
 from studies import common
+from studies.ed2_cores import ridge
 
 ARMS = {"frozen": "pre-trained bank, frozen", "tuned": "pre-trained bank, trained on",
         "scratch": "all from scratch", "random": "random bank, frozen",
@@ -160,7 +161,7 @@ def few_shot(rows, bank, zero_shot, episodes, seed, updates, batch, size):
         out[arm + "_updates"] = fit_bank(own, [(body, seen)], updates, batch, seed, lr, watch)
         out[arm] = body.error(own, *test)
     s, act, delta = (torch.cat([a, b]) for a, b in zip(seen, watch))
-    weights = ed2.ridge(torch.cat([s, act], 1), delta)
+    weights = ridge(torch.cat([s, act], 1), delta)
     guess = np.c_[test[0], test[1], np.ones(len(test[0]))] @ weights
     spread = test[2].var(0)
     if zero_shot:

@@ -49,7 +49,7 @@ def tdmpc2_updates(args, O, A, groups, device):
     width = ed2.plan(args, groups)["ed2"][1]
     single = ed2.Dynamics(latent, A, hidden, everything).to(device)
     batched = ed2.Dynamics(latent, A, width, groups).to(device)
-    loop = nn.ModuleList(ed2.Dynamics(latent, A, width, everything, "post") for _ in groups)
+    loop = nn.ModuleList(ed2.Dynamics(latent, A, width, everything) for _ in groups)
     loop.to(device)
     masks = ed2.assignment(groups, A).T.to(device)  # (k, A)
     z = ed2.simnorm(torch.randn(args.length + 1, args.batch, latent, device=device))

@@ -17,8 +17,9 @@ import data
 import ed2
 import envs
 from studies import common
+from studies.ed2_cores import ridge
 
-LABELS = {"single": "one model", "ed2": "ED2, equal parameters", "ed2_wide": "ED2, full width"}
+LABELS = {"single": "one model", "ed2": "ED2, equal parameters"}
 
 
 @dataclass
@@ -52,7 +53,7 @@ def linear_errors(args, folder):
     else:
         first = ed2.CONTEXT - 1
     inputs = torch.cat([x[:-1], act], -1).flatten(0, 1)
-    weights = ed2.ridge(inputs, (x[1:] - x[:-1]).flatten(0, 1))
+    weights = ridge(inputs, (x[1:] - x[:-1]).flatten(0, 1))
     y, now, out = y.double().numpy(), y[first].double().numpy(), {}
     spread = y.reshape(-1, y.shape[-1]).var(0)
     for h in range(1, max(ed2.HORIZONS[wm]) + 1):

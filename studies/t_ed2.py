@@ -69,24 +69,49 @@ def test_ed2_influence_is_the_effect_of_a_permuted_action():
 
 
 # -------------------------------------------------------------------------------- cores and cost
-def test_ed2_pre_averages_logits_and_one_group_is_the_plain_network():
-    torch.manual_seed(0)
-    d = ed2_cores.PreDynamics(16, 6, 8, WALKER)
+def test_ed2_heads_of_their_own_average_logits_or_outputs():
+    every = WALKER, CHEETAH, HOPPER, HUMANOID
+    table = {("pre", "5M"): (216, 168, 208, 88), ("pre", "1M"): (184, 152, 184, 88),
+             ("post", "5M"): (208, 168, 208, 88), ("post", "1M"): (184, 152, 184, 88)}
     z, act = torch.randn(5, 16), torch.randn(5, 6)
-    hidden = d.trunks(z, act)
-    logits = sum(x @ d.head.weight[i] + d.head.bias[i] for i, x in enumerate(hidden)) / 3
-    want = ed2.simnorm(F.layer_norm(logits, (16,)))
-    assert torch.allclose(d(z, act), want, atol=1e-5)
-    masked = int((1 - d.assign).sum()) * d.width
-    used = sum(p.numel() for p in d.parameters()) - masked
-    assert used == ed2_cores.pre_params(16, 8, WALKER)
-    widths = {"5M": (216, 168, 208, 88), "1M": (184, 152, 184, 88)}
-    for size, groups, width in [(s, g, w) for s, ws in widths.items()
-                                for g, w in zip((WALKER, CHEETAH, HOPPER, HUMANOID), ws)]:
+    for core, kind in (("pre", ed2_cores.PreDynamics), ("post", ed2_cores.PostDynamics)):
+        d = top.any_dynamics(WALKER, kind)
+        if core == "pre":
+            rows = zip(d.trunks(z, act), d.head.weight, d.head.bias)
+            logits = sum(x @ weight + bias for x, weight, bias in rows) / 3
+            want = ed2.simnorm(F.layer_norm(logits, (16,), d.norm.weight, d.norm.bias))
+        else:
+            want = top.slow_dynamics(d, z, act, WALKER)
+        assert torch.allclose(d(z, act), want, atol=1e-5)
+        masked = int((1 - d.assign).sum()) * d.width
+        used = sum(p.numel() for p in d.parameters()) - masked
+        assert used == ed2_cores.head_params(core, 16, 8, WALKER)
+    for (core, size), widths in table.items():
         count, full = ed2.counter("tdmpc2", size)
-        target = count([sum(groups, [])], full)
         args = ed2.Args(model_size=size)
-        assert ed2.match_width(lambda w: ed2_cores.params_of(args, groups, w), target) == width
+        for groups, width in zip(every, widths):
+            found = ed2.match_width(lambda w: ed2_cores.params_of(args, core, groups, w),
+                                    count([sum(groups, [])], full))
+            assert found == width, (core, size, groups)
+
+
+def test_ed2_more_errors_of_latents_that_are_states():
+    encoder = nn.Linear(4, 4).requires_grad_(False)
+    encoder.weight.copy_(torch.eye(4))
+    encoder.bias.zero_()
+    still = ed2_cores.measure(encoder, lambda z, a: z, top.Push3(10))
+    assert still["mse_1"] < still["fast_mse_1"] and still["mse_3"] < 99 * still["fast_mse_1"]
+    sampler = top.Push3(10)
+    mean = ed2_cores.measure(encoder, lambda z, a: 0 * z, sampler)
+    assert torch.equal(sampler.seen[1], sampler.seen[3])  # all errors are of the same samples
+    obs = sampler.seen[-1]
+    want = (obs[5].square().mean(0) / obs.flatten(0, 1).var(0)).mean().item()
+    assert mean["state_nmse_5"] == pytest.approx(want, rel=0.02)
+    want = (obs[5].square().mean(0).sum() / obs[0].var(0).sum()).item()
+    assert mean["latent_nmse_5"] == pytest.approx(want, rel=1e-3)
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(500, 3)), rng.normal(size=(4, 2))
+    assert np.allclose(ed2_cores.ridge(x, np.c_[x, np.ones(500)] @ w, 1e-9), w, atol=1e-6)
 
 
 @pytest.mark.parametrize("act_dim, groups", [(6, WALKER), (9, FULL9), (6, [list(range(6))] * 3)])
