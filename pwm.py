@@ -609,9 +609,8 @@ def train(run, args, agent, episodes, workers):
     for r in run.rounds(args.rounds):
         for _ in run.once("play", played[r]):
             roll_out(run, args, agent, episodes, workers, r, played[r])
-            if model_steps[r] and (args.ends or r == 0 and N > 1):  # deviation 3
-                for row, name in zip(agent.rows, agent.tasks):
-                    wm.set_scales(episodes, row, name)
+            if model_steps[r]:
+                agent.scale_observations(episodes, r)
         sampler = agent.sampler(episodes, args.wm_horizon)
 
         wm.requires_grad_(True)
@@ -707,6 +706,12 @@ class Agent:
                       imagined_returns=imagined_returns)
         made = {name: prepare(fn, amp, args.compile) for name, fn in losses.items()}
         self.functions = SimpleNamespace(**made)
+
+    def scale_observations(self, episodes, r):
+        """Of several tasks by the data of the first round, of one that ends by all (deviation 3)."""
+        if self.args.ends or r == 0 and len(self.tasks) > 1:
+            for row, name in zip(self.rows, self.tasks):
+                self.wm.set_scales(episodes, row, name)
 
     def world_model(self):
         a, facts = self.args, self.facts
@@ -1175,7 +1180,8 @@ def announce(run, a, agent, hardware):
     model = f"from {a.checkpoint}" if a.checkpoint else f"--model-size {a.model_size}"
     ends = f", {'seen' if agent.beside else 'learnt'} ends" if a.ends else ""
     print(f"PWM on {n} task{'s' * (n > 1)} ({a.task}), seed {a.seed}, {hardware}, "
-          f"{'compiled' if a.compile else 'eager'}, {a.workers} roll-out workers\n"
+          f"{'compiled' if a.compile else 'eager'}, {a.workers} roll-out workers"
+          f"{', also sent to Weights & Biases' if a.track else ''}\n"
           f"world model of {size:,} parameters, {model}, data from {origin}{ends}")
     if not a.eval_only:
         print(f"budget: {a.rounds} rounds, {a.wm_steps} model updates ({a.wm_batch} x "
