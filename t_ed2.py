@@ -308,18 +308,21 @@ def test_ed2_a_trunk_sees_its_own_actions_only(monkeypatch):
     assert used == ed2.counter("tdmpc2", "tiny")[0](WALKER, d.width)
 
 
-@pytest.mark.parametrize("size, widths", [
-    ("5M", (272, 224, 272, 136)), ("1M", (216, 184, 216, 120))])
-def test_ed2_matched_widths_of_dynamics(size, widths):
-    for groups, width in zip((WALKER, CHEETAH, HOPPER, HUMANOID), widths):
-        args = ed2.Args(model_size=size)
-        count, full = ed2.counter("tdmpc2", size)
-        models = ed2.plan(args, groups)
+@pytest.mark.parametrize("wm, size, widths, tolerance, unmatched", [
+    ("tdmpc2", "5M", (272, 224, 272, 136), 0.04, None),
+    ("tdmpc2", "1M", (216, 184, 216, 120), 0.04, None),
+    ("dreamerv3", "1m", (168, 128, 168, 64), 0.05, (2.7, 3.5, 2.7, 6.9)),
+    ("dreamerv3", "12m", (680, 512, 680, 256), 0.05, (2.7, 3.5, 2.7, 6.9))])
+def test_ed2_matched_widths(wm, size, widths, tolerance, unmatched):
+    args, (count, full) = ed2.Args(wm=wm, model_size=size), ed2.counter(wm, size)
+    for i, groups in enumerate((WALKER, CHEETAH, HOPPER, HUMANOID)):
         every = [list(range(sum(map(len, groups))))]
-        assert models == {"single": (every, full), "ed2": (groups, width)}
-        assert abs(count(groups, width) / count(every, full) - 1) < 0.04
+        assert ed2.plan(args, groups) == {"single": (every, full), "ed2": (groups, widths[i])}
         assert ed2.plan(args, every) == {"single": (every, full)}
-    assert size == "1M" or 790_000 < count(every, full) < 803_000
+        single = count(every, full)
+        assert abs(count(groups, widths[i]) / single - 1) < tolerance
+        assert not unmatched or count(groups, full) / single == pytest.approx(unmatched[i], abs=.06)
+    assert size != "5M" or 790_000 < single < 803_000
     assert ed2.match_width(lambda w: 10 * w, 803) == 80
     with says("within 5 %", "--model-size", "width 8"):
         ed2.match_width(lambda w: 1000 * w, 4000)
@@ -363,19 +366,7 @@ def test_ed2_consistency_against_its_definition():
     assert got == pytest.approx(want, rel=1e-4)
 
 
-def test_ed2_two_hot_and_policy_of_tdmpc2():
-    x = torch.tensor([0.0, 0.3, -7.0, 500.0, 1e9])
-    logits = torch.randn(5, 101)
-    got = ed2.two_hot_loss(logits, x)
-    for i in range(5):
-        y = np.clip(np.sign(x[i].item()) * np.log1p(abs(x[i].item())), -10, 10)
-        weight = torch.tensor(np.maximum(0, 1 - abs(np.linspace(-10, 10, 101) - y) / 0.2))
-        want = -(weight * logits[i].log_softmax(0)).sum().item()
-        assert got[i].item() == pytest.approx(want, rel=1e-3)
-    sharp = torch.full((1, 101), -1e3)
-    sharp[0, 60] = 0
-    assert ed2.two_hot_inv(sharp).item() == pytest.approx(np.expm1(2.0), rel=1e-4)
-    assert ed2.two_hot_inv(sharp, pseudo=True).item() == pytest.approx(2.0, rel=1e-4)
+def test_ed2_policy_of_tdmpc2_is_a_squashed_normal():
     model, z, noise = tiny_tdmpc2(), torch.rand(6, 16), torch.randn(6, 3)
     mean, s = model.prior(z).chunk(2, -1)
     std = (-10 + 6 * (torch.tanh(s) + 1)).exp()
@@ -640,18 +631,6 @@ def test_ed2_dreamer_counter_counts_what_is_used(kw, monkeypatch):
     monkeypatch.setitem(ed2.DREAMER_SIZES, "tiny", dict(deter=32, hidden=8, classes=0.5, units=16))
     count, full = ed2.counter("dreamerv3", "tiny")  # half a class: 32 of them as 4 of 4 classes
     assert used == count(kw.get("groups", [list(range(6))]), kw.get("width", 32)) and full == 32
-
-
-@pytest.mark.parametrize("size, groups, width, unmatched", [
-    ("1m", WALKER, 168, 2.7), ("1m", CHEETAH, 128, 3.5), ("1m", HOPPER, 168, 2.7),
-    ("1m", HUMANOID, 64, 6.9), ("12m", WALKER, 680, 2.7), ("12m", CHEETAH, 512, 3.5),
-    ("12m", HOPPER, 680, 2.7), ("12m", HUMANOID, 256, 6.9)])
-def test_ed2_dreamer_matched_widths(size, groups, width, unmatched):
-    count, full = ed2.counter("dreamerv3", size)
-    models = ed2.plan(ed2.Args(wm="dreamerv3", model_size=size), groups)
-    single = count(*models["single"])
-    assert models["ed2"] == (groups, width) and abs(count(groups, width) / single - 1) < 0.05
-    assert count(groups, full) / single == pytest.approx(unmatched, abs=0.06)
 
 
 def slow_core(rssm, h, z, act, groups):
