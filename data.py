@@ -13,6 +13,7 @@ what was seen, what is expected, what to type.
 import csv
 import ctypes
 import errno
+import hashlib
 import importlib
 import io
 import json
@@ -1239,7 +1240,10 @@ def _bring_back(part, state):
         here = {k: x.device for k, x in part.items() if torch.is_tensor(x)}
         part.update({k: x.to(here[k]) if k in here else x for k, x in state.items()})
     elif isinstance(part, torch.Generator):
-        part.set_state(state)
+        try:
+            part.set_state(state)
+        except RuntimeError:                       # of a CPU and of CUDA: go on from a seed
+            part.manual_seed(int.from_bytes(hashlib.sha256(bytes(state.tolist())).digest()[:7]))
     else:
         part.load_state_dict(state)
 
