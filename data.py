@@ -1244,6 +1244,8 @@ def _bring_back(part, state):
             part.set_state(state)
         except RuntimeError:                       # of a CPU and of CUDA: go on from a seed
             part.manual_seed(int.from_bytes(hashlib.sha256(bytes(state.tolist())).digest()[:7]))
+            print("the checkpoint is of another kind of device: random numbers go on from a seed "
+                  "of its own, so that results will differ from those of one device")
     else:
         part.load_state_dict(state)
 

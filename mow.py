@@ -659,7 +659,7 @@ def seen(z, h, e):
 
 
 def imagine_step(wm, actor, z, h, e, J, gate, mask, pos, cache):
-    """One imagined step from z_t, h_t-1 (K, I, 1, ·): x_t, a_t, r_t, d_t (K, I, ·), z_t+1, h_t."""
+    """A step from z_t, h_t-1 (K, I, 1, ·): x_t, a_t, r_t, d_t (K, I, ·), z_t+1, h_t."""
     x = seen(z, h, e)
     act = actor.sample(x)
     h = wm.sequence(z, act[:, :, None], e, J, gate, mask, pos, cache).float()

@@ -708,7 +708,7 @@ class Agent:
         self.functions = SimpleNamespace(**made)
 
     def scale_observations(self, episodes, r):
-        """Of several tasks by the data of the first round, of one that ends by all (deviation 3)."""
+        """Of several tasks by the first round's data, of one that ends by all (deviation 3)."""
         if self.args.ends or r == 0 and len(self.tasks) > 1:
             for row, name in zip(self.rows, self.tasks):
                 self.wm.set_scales(episodes, row, name)

@@ -2,9 +2,38 @@ from t_head import *  # noqa: F401,F403
 
 # ---------------------------------------------------------------------------------------- the repository as a whole
 SCRIPTS = {"pwm": pwm, "ed2": ed2, "mow": mow, "savi": savi}
-SHARED = ("symlog", "symexp", "two_hot_loss", "two_hot_inv", "unimix", "kl")  # functions that scripts repeat
-OWN = {"Args", "main", "train", "evaluate", "report", "announce", "check_args", "fill_args", "plot",
-       "WorldModel", "world_model_loss", "imagine", "lambda_return", "Actor", "act"}  # same word, each paper's own
+SHARED = (
+    "symlog",
+    "symexp",
+    "two_hot_loss",
+    "two_hot_inv",
+    "unimix",
+    "kl",
+)  # functions that scripts repeat
+OWN = {
+    "Args",
+    "main",
+    "train",
+    "evaluate",
+    "report",
+    "announce",
+    "check_args",
+    "fill_args",
+    "plot",
+    "check",
+    "WorldModel",
+    "world_model_loss",
+    "imagine",
+    "lambda_return",
+    "Actor",
+    "act",
+    "Agent",
+    "Stacked",
+    "descend",
+    "StackedMLP",
+    "simnorm",
+    "task_list",
+}  # same word, each paper's own
 
 
 def source_of(path):
@@ -14,8 +43,11 @@ def source_of(path):
 def definitions(path):
     """{name: source} of the functions and classes at the top level of a file."""
     text = source_of(path)
-    return {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body
-            if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    return {
+        n.name: ast.get_source_segment(text, n)
+        for n in ast.parse(text).body
+        if isinstance(n, ast.FunctionDef | ast.ClassDef)
+    }
 
 
 def imports(path):
@@ -60,14 +92,18 @@ def args_of(command):
         module, rest = words[2], words[3:]
     else:
         at = next(i for i, w in enumerate(words) if w.endswith(".py"))
-        module, rest = words[at][:-3], words[at + 1:]
+        module, rest = words[at][:-3], words[at + 1 :]
     args = importlib.import_module(module).Args
     return tyro.cli(args, args=rest)
 
 
 def documented():
-    return [c for file in ("README.md", "results/README.md") for c in shell_lines(source_of(file))
-            if re.match(r"(python|torchrun).*(\b(pwm|ed2|mow|savi)\.py|-m studies\.)", c)]
+    return [
+        c
+        for file in ("README.md", "results/README.md")
+        for c in shell_lines(source_of(file))
+        if re.match(r"(python|torchrun).*(\b(pwm|ed2|mow|savi)\.py|-m studies\.)", c)
+    ]
 
 
 def test_documented_commands_parse_and_files_exist():
@@ -84,7 +120,11 @@ def test_documented_commands_parse_and_files_exist():
 
 def test_every_raw_file_is_named_in_the_gallery():
     text = source_of("results/README.md")
-    files = [p.name for p in Path(HERE, "results").iterdir() if p.name not in ("README.md", "golden.json")]
+    files = [
+        p.name
+        for p in Path(HERE, "results").iterdir()
+        if p.name not in ("README.md", "golden.json")
+    ]
     assert not [f for f in files if f not in text]
 
 
@@ -108,7 +148,9 @@ def test_every_flag_has_a_doc_and_is_read(name):
     text = tyro.extras.get_parser(script.Args).format_help()
     assert all(data.flag(f) in text for f in flags)
     body = source_of(f"{name}.py") + source_of("data.py")
-    assert not [f for f in flags if not re.search(rf"\.{f}\b|[\"' ]{f}[\"' ]", body.split("\nclass ", 1)[1])]
+    assert not [
+        f for f in flags if not re.search(rf"\.{f}\b|[\"' ]{f}[\"' ]", body.split("\nclass ", 1)[1])
+    ]
 
 
 def test_requirements_are_what_is_installed():

@@ -1,8 +1,10 @@
-"""What the studies share: flags, cells x seeds, paired intervals and verdicts, tables, and where evidence goes.
+"""What the studies share: flags, seeds, paired intervals and verdicts, tables, where evidence goes.
 
-A study is a file with one question. Its docstring has the command, the minutes and the rule of the verdict, fixed
-before the run. Its trainings are cells that are kept when finished: a study that was killed goes on with --resume.
+A study is a file with one question. Its docstring has the command, the minutes and the rule of the
+verdict. Its trainings are cells that are kept when finished (data.run_cells): a study that was
+killed goes on with --resume.
 """
+
 import dataclasses
 import os
 import shutil
@@ -32,7 +34,7 @@ class StudyArgs:
     compile: bool = False
     """torch.compile for the losses"""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """processes: for roll-outs, and on a CPU for trainings side by side, of one thread each"""
+    """processes: for roll-outs, and on a CPU for trainings side by side"""
     resume: str | None = None
     """continue the study in this folder; cells that are finished are not run again"""
     save_every: float = 60.0
@@ -42,14 +44,22 @@ class StudyArgs:
 
 
 def open_run(name, args):
-    """(args, Run) of the study called `name`: reads --resume, checks the common ranges, says what begins."""
+    """(args, Run) of the study called `name`; reads --resume, checks ranges, says what begins."""
     args = data.resumed(args)
-    data.check_ranges(args, dict(seed=(0, None), seeds=(1, None), workers=(1, None), save_every=(0, None)))
+    data.check_ranges(
+        args, dict(seed=(0, None), seeds=(1, None), workers=(1, None), save_every=(0, None))
+    )
     run = data.Run(name, args)
     names = [f.name for f in dataclasses.fields(args)]
-    changed = {n: getattr(args, n) for n in names if n not in ("task", "resume", "track", "save_every")}
-    print(f"{name} on {args.task}: " + ", ".join(f"{k} {v}" for k, v in changed.items()) + f"; folder {run.dir}",
-          flush=True)
+    changed = {
+        n: getattr(args, n) for n in names if n not in ("task", "resume", "track", "save_every")
+    }
+    print(
+        f"{name} on {args.task}: "
+        + ", ".join(f"{k} {v}" for k, v in changed.items())
+        + f"; folder {run.dir}",
+        flush=True,
+    )
     return args, run
 
 
@@ -59,7 +69,7 @@ def seeds_of(args):
 
 
 def paired(ours, theirs, reps=2000):
-    """Mean of ours - theirs, both (runs, tasks) of equal seeds, and its 95 % interval: runs are redrawn in each task.
+    """Mean of ours - theirs, both (runs, tasks) of equal seeds, and its 95 % interval over runs.
 
     Returns (difference, low, high); with one run low == high, which is no interval."""
     change = np.asarray(ours, float) - np.asarray(theirs, float)
@@ -84,16 +94,22 @@ def spread_of(values):
 
 
 def show(rows, columns, digits=3):
-    """Print rows (dicts) as a table; columns {key: heading}. Numbers get `digits`, None is -."""
+    """Print rows (dicts) as a table; columns {key: heading}; numbers get `digits`, None is -."""
+
     def word(x):
         if x is None:
             return "-"
         return f"{x:,.{digits}f}" if isinstance(x, float) else str(x)
+
     cells = [list(columns.values())] + [[word(r.get(k)) for k in columns] for r in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     print()
     for line in cells:
-        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths))))
+        print(
+            "  ".join(
+                x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths))
+            )
+        )
 
 
 def judge(checks):
@@ -107,21 +123,24 @@ def judge(checks):
 def figure(width, height, rows=1, cols=1, **options):
     """(figure, axes) of matplotlib without a screen."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     return plt.subplots(rows, cols, figsize=(width, height), layout="constrained", **options)
 
 
 def save_figure(fig, path, dpi=110):
     """Write a figure and forget it."""
     import matplotlib.pyplot as plt
+
     fig.savefig(path, dpi=dpi)
     plt.close(fig)
 
 
 def finish(run, name, result, figures=()):
-    """results.json in the run's folder; and unless --fast, results/<name>.json and the figures (names of files in the
-    run's folder) as results/<name>_<figure>. Returns what the file holds."""
+    """results.json in the run's folder; unless --fast, also results/<name>.json, and the figures
+    (names of files in that folder) as results/<name>_<figure>. Returns what the file holds."""
     result = run.finish(result)
     if result and not run.args.fast and RESULTS.is_dir():
         copies = {"results.json": f"{name}.json"} | {f: f"{name}_{f}" for f in figures}
@@ -134,4 +153,5 @@ def finish(run, name, result, figures=()):
 def command(Args, doc, main):
     """The last line of a study: flags from the command line, then main."""
     import tyro
+
     main(tyro.cli(Args, description=doc, prog=f"python -m studies.{Path(sys.argv[0]).stem}"))

@@ -5,6 +5,7 @@ device, and count what would wait for the GPU (.item(), nonzero, copies to the C
     python -m studies.gpu_emulated pwm       # or ed2 mow savi plant: seconds; prints one JSON line
 
 It renames a backend and replaces torch.Generator: only for a process of its own."""
+
 import collections
 import copy
 import json
@@ -26,13 +27,19 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "binco
 
 class Gpu(torch.Tensor):
     """A tensor of the emulated device around one of the CPU."""
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, raw):
         self = torch.Tensor._make_wrapper_subclass(
-            cls, raw.shape, strides=raw.stride(), dtype=raw.dtype, device=GPU,
-            storage_offset=raw.storage_offset())
+            cls,
+            raw.shape,
+            strides=raw.stride(),
+            dtype=raw.dtype,
+            device=GPU,
+            storage_offset=raw.storage_offset(),
+        )
         self.raw = raw
         return self
 
@@ -55,6 +62,7 @@ class Gpu(torch.Tensor):
 
 class Generator(RealGenerator):
     """Says that it is on the GPU and draws as the CPU's: numbers are equal on both devices."""
+
     device = property(lambda self: self.where)
 
     def __new__(cls, device="cpu"):
@@ -92,6 +100,7 @@ def run_op(op, *args, **kwargs):
         if not (isinstance(x, torch.Tensor) and here):
             return x
         return known[id(x)] if id(x) in known else Gpu(x)
+
     a, k = tree.tree_map(bare, (args, kwargs))
     k.pop("pin_memory", None)
     known = {id(x.raw): x for x in gpu}
@@ -100,6 +109,7 @@ def run_op(op, *args, **kwargs):
 
 class SameGenerator(torch.overrides.TorchFunctionMode):
     """Refuses a generator of another device than the numbers."""
+
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if f.__name__ == "gru_cell" and isinstance(args[0], Gpu):
@@ -121,6 +131,7 @@ def gru_cell(x, h, w_x, w_h, b_x, b_h):  # CUDA's fused one is missing on a CPU
 def on_device(real):
     def make(x, *a, device=None, **k):
         return real(x, *a, **k) if device is None else real(x, *a, **k).to(device)
+
     return make
 
 
@@ -128,10 +139,16 @@ SameGenerator().__enter__()
 rest = torch.library.Library("_", "IMPL")
 rest.fallback(run_op, "PrivateUse1")
 make = torch.library.Library("aten", "IMPL")
-make.impl("empty.memory_format", lambda size, dtype=None, **_: Gpu(torch.empty(size, dtype=dtype)),
-          "PrivateUse1")
-make.impl("empty_strided", lambda size, stride, dtype=None, **_: Gpu(
-    torch.empty_strided(size, stride, dtype=dtype)), "PrivateUse1")
+make.impl(
+    "empty.memory_format",
+    lambda size, dtype=None, **_: Gpu(torch.empty(size, dtype=dtype)),
+    "PrivateUse1",
+)
+make.impl(
+    "empty_strided",
+    lambda size, stride, dtype=None, **_: Gpu(torch.empty_strided(size, stride, dtype=dtype)),
+    "PrivateUse1",
+)
 torch.Generator = Generator
 torch.tensor, torch.as_tensor = on_device(torch.tensor), on_device(torch.as_tensor)
 torch.arange = on_device(torch.arange)  # which resizes its result: a wrapper keeps its shape
@@ -172,8 +189,18 @@ def weights(*modules):
 
 def pwm_case(device, folder, names):
     tasks, rng = pwm.tasks_of(names), np.random.default_rng(0)
-    args = pwm.Args(task=names, fast=True, compile=False, workers=1, data_dir=folder, wm_steps=3,
-                    policy_steps=3, horizon=3, policy_batch=8, wm_batch=8)
+    args = pwm.Args(
+        task=names,
+        fast=True,
+        compile=False,
+        workers=1,
+        data_dir=folder,
+        wm_steps=3,
+        policy_steps=3,
+        horizon=3,
+        policy_batch=8,
+        wm_batch=8,
+    )
     args = pwm.fill_args(args, CPU, tasks)
     agent = pwm.Agent(replace(args, eval_every=0), tasks, device)
     episodes = made_episodes(f"{folder}/{device.type}-data", tasks, rng)
@@ -192,8 +219,11 @@ def ed2_case(device, folder, wm):
     episodes = made_episodes(f"{folder}/{device.type}-data", ["cartpole-swingup"], rng)
     sampler = episodes.sampler(["cartpole-swingup"], 12, device)
     torch.manual_seed(0)
-    model = ed2.DreamerV3(O, A, 32, 16, 4, 16) if wm == "dreamerv3" else \
-        ed2.TDMPC2(O, A, 16, 32, ed2.Dynamics(16, A, 32, [list(range(A))]))
+    model = (
+        ed2.DreamerV3(O, A, 32, 16, 4, 16)
+        if wm == "dreamerv3"
+        else ed2.TDMPC2(O, A, 16, 32, ed2.Dynamics(16, A, 32, [list(range(A))]))
+    )
     run = data.Run("ed2", args, inside=f"{folder}/run")
     loss = ed2.train(run, model.to(device), sampler, args, 0)
     run.close()
@@ -204,9 +234,12 @@ def savi_case(device, folder, _):
     args = savi.filled(savi.Args(fast=True), CPU)
     args, rng = replace(args, updates=3, batch=2, compile=False), np.random.default_rng(0)
     shape = 3, args.frames, args.size, args.size
-    arrays = dict(video=rng.integers(0, 255, (*shape, 3), "u1"), seg=rng.integers(0, 3, shape, "u1"),
-                  actions=rng.normal(size=(3, args.frames, 2)).astype("f4"),
-                  flow=rng.normal(size=(*shape, 2)).astype("f4"))
+    arrays = dict(
+        video=rng.integers(0, 255, (*shape, 3), "u1"),
+        seg=rng.integers(0, 3, shape, "u1"),
+        actions=rng.normal(size=(3, args.frames, 2)).astype("f4"),
+        flow=rng.normal(size=(*shape, 2)).astype("f4"),
+    )
     clips, model = savi.Clips(arrays, np.arange(3), args, device), savi.make_model(args).to(device)
     run = data.Run("savi", args, inside=f"{folder}/run")
     savi.train(model, clips, clips, run, args)
@@ -215,7 +248,9 @@ def savi_case(device, folder, _):
 
 
 def mow_case(device, folder, _):
-    args = mow.settle(mow.Args(task="Boxing,Pong", fast=True, compile=False), ["Boxing", "Pong"], CPU)
+    args = mow.settle(
+        mow.Args(task="Boxing,Pong", fast=True, compile=False), ["Boxing", "Pong"], CPU
+    )
     agent, rng = mow.Agent(args, [list(range(18))] * 2, device), np.random.default_rng(0)
     for module in agent.modules():  # the devices draw dropout in different ways
         if hasattr(module, "dropout"):
@@ -225,8 +260,13 @@ def mow_case(device, folder, _):
     frames = data.Frames(f"{folder}/{device.type}-frames", 2, 40, agent.A)
     act = np.eye(agent.A, dtype="f4")
     for t in range(40):
-        frames.append(rng.integers(0, 255, (2, 64, 64, 3)), act[[t % 18, 3]], rng.normal(size=2),
-                      [t == 20, False], [t % 21 == 0] * 2)
+        frames.append(
+            rng.integers(0, 255, (2, 64, 64, 3)),
+            act[[t % 18, 3]],
+            rng.normal(size=2),
+            [t == 20, False],
+            [t % 21 == 0] * 2,
+        )
     for _ in run.steps("update", 3):
         batch = agent.sample(frames)
         loss, z, _ = agent.model_loss(batch)
@@ -241,8 +281,12 @@ def mow_case(device, folder, _):
     return weights(agent) + action.flatten().tolist()
 
 
-CASES = dict(pwm=(pwm_case, ("cartpole-swingup", "cartpole-swingup,walker-walk", "Hopper-v5")),
-             ed2=(ed2_case, ("tdmpc2", "dreamerv3")), savi=(savi_case, ("",)), mow=(mow_case, ("",)))
+CASES = dict(
+    pwm=(pwm_case, ("cartpole-swingup", "cartpole-swingup,walker-walk", "Hopper-v5")),
+    ed2=(ed2_case, ("tdmpc2", "dreamerv3")),
+    savi=(savi_case, ("",)),
+    mow=(mow_case, ("",)),
+)
 
 
 def main(script):
