@@ -28,7 +28,7 @@ class StudyArgs:
     seeds: int = 3
     """trainings of every variant: seed, seed + 1, ..; a verdict needs three"""
     fast: bool = False
-    """tiny budgets: the whole study in under a minute, to see that it runs; nothing goes to results/"""
+    """tiny budgets: the whole study in a minute, to see that it runs; leaves results/ alone"""
     device: str = "auto"
     """auto, cpu or cuda"""
     compile: bool = False
@@ -78,7 +78,7 @@ def paired(ours, theirs, reps=2000):
 
 
 def verdict(low, high, expected, runs):
-    """Of the claim that a difference has the sign `expected` (+1 or -1), from its interval over `runs` seeds."""
+    """Of the claim that a difference has the sign `expected` (+1, -1); interval over `runs`."""
     if runs < 3 or low <= 0 <= high:
         return "undecided"
     return "holds" if expected * low > 0 else "fails"
@@ -113,7 +113,7 @@ def show(rows, columns, digits=3):
 
 
 def judge(checks):
-    """Print {sentence: bool} with yes or NO before each; returns "reproduced" or "not reproduced"."""
+    """Print {sentence: bool} with yes or NO; returns "reproduced" or "not reproduced"."""
     print()
     for sentence, holds in checks.items():
         print(f"{'yes' if holds else 'NO ':4} {sentence}")
