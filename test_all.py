@@ -736,7 +736,7 @@ def test_files_that_are_none_end_in_one_sentence(tmp_path):
 
 # ------------------------------------------------------------------------------------------- Run
 @dataclasses.dataclass
-class ToyArgs:
+class ToyFlags:
     root: str
     task: str = "t"
     seed: int = 0
@@ -797,7 +797,7 @@ def only(root):
 
 @pytest.mark.parametrize("how", ["crash", "SIGINT", "SIGTERM"])
 def test_run_stopped_at_every_piece_and_resumed_ends_at_the_same_numbers(tmp_path, how):
-    want = numbers_of(toy(ToyArgs(str(tmp_path / "whole"))))
+    want = numbers_of(toy(ToyFlags(str(tmp_path / "whole"))))
     assert [r["step"] for r in want[1]] == [2, 4, 5, 6, 7, 7, 9, 11, 12, 13, 14, 14]
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     for stop in range(18):
@@ -810,12 +810,12 @@ def test_run_stopped_at_every_piece_and_resumed_ends_at_the_same_numbers(tmp_pat
                 os.kill(os.getpid(), getattr(signal, how))
         if how == "crash":
             with pytest.raises(ZeroDivisionError):
-                toy(ToyArgs(str(root)), event)
+                toy(ToyFlags(str(root)), event)
         else:
             with says("stopped", f"--resume {only(root) if root.exists() else root}"):
-                toy(ToyArgs(str(root)), event)
+                toy(ToyFlags(str(root)), event)
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-        again = ToyArgs(str(root), resume=only(root), save_every=0.0)
+        again = ToyFlags(str(root), resume=only(root), save_every=0.0)
         if how == "crash" and not stop:
             with says("no", "checkpoint.pt", "without --resume"):
                 toy(again)
@@ -825,20 +825,20 @@ def test_run_stopped_at_every_piece_and_resumed_ends_at_the_same_numbers(tmp_pat
 
 
 def test_run_killed_goes_on_and_a_second_signal_does_not_wait(tmp_path, monkeypatch):
-    want = numbers_of(toy(ToyArgs(str(tmp_path / "whole"))))
+    want = numbers_of(toy(ToyFlags(str(tmp_path / "whole"))))
     for stop in (3, 8, 13):
         root = tmp_path / str(stop)
 
         def event(i, stop=stop):
             if i == stop:
                 os.kill(os.getpid(), signal.SIGKILL)
-        process = get_context("fork").Process(target=toy, args=(ToyArgs(str(root)), event))
+        process = get_context("fork").Process(target=toy, args=(ToyFlags(str(root)), event))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         with open(Path(only(root)) / "metrics.jsonl", "ab") as f:
             f.write(b'{"step": 5, "lo')  # killed in the middle of a line
-        assert numbers_of(toy(ToyArgs(str(root), resume=only(root)))) == want
+        assert numbers_of(toy(ToyFlags(str(root), resume=only(root)))) == want
 
     def read(run, shared=False):  # a signal that comes while a step is told waits for the next
         if run.step == 4:
@@ -847,26 +847,26 @@ def test_run_killed_goes_on_and_a_second_signal_does_not_wait(tmp_path, monkeypa
     real = Run._read
     with monkeypatch.context() as m, says("stopped"):
         m.setattr(Run, "_read", read)
-        toy(ToyArgs(str(tmp_path / "told"), save_every=1e9))
+        toy(ToyFlags(str(tmp_path / "told"), save_every=1e9))
     folder = only(tmp_path / "told")
     assert torch.load(Path(folder) / "checkpoint.pt")["_run"]["at"] == [0, 2, 0]
-    assert numbers_of(toy(ToyArgs(str(tmp_path / "told"), resume=folder))) == want
+    assert numbers_of(toy(ToyFlags(str(tmp_path / "told"), resume=folder))) == want
 
     def twice(i):
         if i == 2:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        toy(ToyArgs(str(tmp_path / "twice")), twice)
+        toy(ToyFlags(str(tmp_path / "twice")), twice)
 
 
 def test_run_never_keeps_what_is_not_finite(tmp_path):
     with says("step 3", "round 0", "nan", "smaller learning rate"):
-        toy(ToyArgs(str(tmp_path), poison=4))
+        toy(ToyFlags(str(tmp_path), poison=4))
     state = torch.load(Path(only(tmp_path)) / "checkpoint.pt", weights_only=True)
     assert state["seen"]["pieces"] == 3 and state["_run"]["at"] == [0, 1, 2] and state["size"] == 2
     with says("not finite"):  # noticed late: only when something is printed
-        toy(ToyArgs(str(tmp_path / "late"), poison=6, save_every=1e9))
+        toy(ToyFlags(str(tmp_path / "late"), poison=6, save_every=1e9))
 
 
 def test_run_tells_the_time_left(tmp_path, capsys, monkeypatch):
@@ -875,7 +875,7 @@ def test_run_tells_the_time_left(tmp_path, capsys, monkeypatch):
 
     def event(i):
         now[0] += 60 if i in (0, 8) else 1
-    result = toy(ToyArgs(str(tmp_path), save_every=1e9), event)
+    result = toy(ToyFlags(str(tmp_path), save_every=1e9), event)
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("round")]
     left = [x.partition(" | ")[2] for x in lines]  # nothing while policy has not been seen at work
     assert left == ["", "", "0:01:07 left", "0:00:05 left", "0:00:02 left", ""]
@@ -883,7 +883,7 @@ def test_run_tells_the_time_left(tmp_path, capsys, monkeypatch):
 
 
 def test_run_folder_and_results(tmp_path, capsys):
-    args = ToyArgs(str(tmp_path), task="a/b:c,d")
+    args = ToyFlags(str(tmp_path), task="a/b:c,d")
     result = toy(args)
     folder = Path(result["folder"])
     assert folder.name.startswith("a%2Fb%3Ac,d__toy__0__") and list(folder.glob("events.*"))
@@ -895,7 +895,7 @@ def test_run_folder_and_results(tmp_path, capsys):
     assert f"files: {folder}/" in capsys.readouterr().out
     assert toy(args)["folder"] != result["folder"]  # two starts within one second
     thirty = ",".join(f"walker-{i}" for i in range(30))
-    many = Run("pwm", ToyArgs(str(tmp_path), task=thirty), tmp_path)
+    many = Run("pwm", ToyFlags(str(tmp_path), task=thirty), tmp_path)
     assert len(many.dir.name) < 120 and "+29" in many.dir.name and not list(tmp_path.rglob("*.tmp"))
 
 
@@ -909,7 +909,7 @@ def test_run_copies_the_script(tmp_path):
 
 
 def test_run_inside_a_folder_is_silent_and_goes_on(tmp_path, capsys):
-    args, made = ToyArgs(str(tmp_path), save_every=0), []
+    args, made = ToyFlags(str(tmp_path), save_every=0), []
 
     def cell(stop):
         run, net = Run("toy", args, inside=tmp_path / "cell"), nn.Linear(1, 1)
@@ -951,7 +951,7 @@ assert seen == ["play", 0, 1, 2] * 2 and (result is None) == (rank == 1) and wor
 
 
 def test_checkpoint_refuses_and_survives(tmp_path, monkeypatch):
-    args, held = ToyArgs(str(tmp_path)), {"x": 1}
+    args, held = ToyFlags(str(tmp_path)), {"x": 1}
     run = Run("toy", args, tmp_path)
     run.keeps(held=held)
     with says("no", "checkpoint.pt"):
@@ -1002,39 +1002,39 @@ def test_checkpoint_refuses_and_survives(tmp_path, monkeypatch):
 
 
 def test_flags_are_refused_in_one_sentence(tmp_path, monkeypatch):
-    folder = toy(ToyArgs(str(tmp_path)))["folder"]
-    saved = data.resumed(ToyArgs(str(tmp_path), resume=folder, workers=7))
+    folder = toy(ToyFlags(str(tmp_path)))["folder"]
+    saved = data.resumed(ToyFlags(str(tmp_path), resume=folder, workers=7))
     assert saved.pair == (1, 2) and saved.workers == 7 and saved.resume == folder
-    assert data.resumed(ToyArgs("x")) == ToyArgs("x")
+    assert data.resumed(ToyFlags("x")) == ToyFlags("x")
     with says("--seed", "is 0, not 3", "leave --seed out"):
-        data.resumed(ToyArgs(str(tmp_path), resume=folder, seed=3))
+        data.resumed(ToyFlags(str(tmp_path), resume=folder, seed=3))
     for place in (tmp_path, tmp_path / "nothing"):
         with says("no readable args.json", "runs/<name>"):
-            data.resumed(ToyArgs("x", resume=str(place)))
+            data.resumed(ToyFlags("x", resume=str(place)))
         with says("no readable args.json"):
-            Run("toy", ToyArgs("x", resume=str(place)))
+            Run("toy", ToyFlags("x", resume=str(place)))
     with says("--pair is unknown here", "another version"):
         data.resumed(dataclasses.make_dataclass("A", [("resume", str, folder)])())
     for script, task in (("other", "t"), ("toy", "u")):
         with says("is a run of toy on 't'"):
-            Run(script, ToyArgs("x", task=task, resume=folder))
+            Run(script, ToyFlags("x", task=task, resume=folder))
     with says("--save-every 3", "nobody reads it; leave it out"):
-        data.refuse(ToyArgs("x", save_every=3), "seed save_every", "nobody reads it")
-    data.refuse(ToyArgs("x", save_every=3), "seed pair", "nobody reads it")
+        data.refuse(ToyFlags("x", save_every=3), "seed save_every", "nobody reads it")
+    data.refuse(ToyFlags("x", save_every=3), "seed pair", "nobody reads it")
     for ranges, words in ((dict(seed=(1, None)), "--seed 0 is out of range: expected at least 1"),
                           (dict(seed=(1, 2)), "expected 1 to 2"),
                           (dict(save_every=(None, 5)), "--save-every nan is out of range")):
         with says(words):
-            data.check_ranges(ToyArgs("x", save_every=math.nan), ranges)
-    data.check_ranges(ToyArgs("x"), dict(seed=(0, 0), resume=(1, 2), workers=(None, None)))
+            data.check_ranges(ToyFlags("x", save_every=math.nan), ranges)
+    data.check_ranges(ToyFlags("x"), dict(seed=(0, 0), resume=(1, 2), workers=(None, None)))
     moved = {"--task ant": "--task studies.bodies:ant", "--old": "python -m studies.old"}
     for words, new in (("--root x --task ant", "type --task studies"),
                        ("--old=3", "type python -m"), ("--task=ant", "--task ant has moved")):
         monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
         with says(new):
-            data.parse(ToyArgs, "doc", moved)
+            data.parse(ToyFlags, "doc", moved)
     monkeypatch.setattr(sys, "argv", ["studies/x.py", "--root", "a b", "--task", "old"])
-    assert data.parse(ToyArgs, "doc", moved) == ToyArgs("a b", task="old")
+    assert data.parse(ToyFlags, "doc", moved) == ToyFlags("a b", task="old")
     assert data.command_line() == "python -m studies.x --root 'a b' --task old"
     if not torch.cuda.is_available():
         with says("no GPU", "--device cpu"):

@@ -65,6 +65,7 @@ from studies import (
     savi_slots,
     scenes,
     shac,
+    speed,
     stiffness,
     tdmpc2,
     throughput,
@@ -2083,3 +2084,14 @@ def test_a_mow_study_without_room_for_a_test_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with says("last fifth", "--random-steps 85 or more"):
         mow_variants.main(mow_variants.Args(task="Pong", random_steps=20, device="cpu"))
+
+
+# ------------------------------------------------------------------------------------------ speed
+def test_speed_study_times_both_updates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_float32_matmul_precision()
+    result = speed.main(speed.Args(fast=True, device="cpu"))
+    assert [r["update"] for r in result["rows"]] == [
+        "model", "policies, 16 steps", "policies, 8 steps"]
+    assert all(r["plain"] > 0 and r["quick"] > 0 for r in result["rows"])
+    assert torch.get_float32_matmul_precision() == before
