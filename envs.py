@@ -2,6 +2,7 @@
 
     env = make_env("walker-walk", seed=0)     # or "mw-reach", "Pendulum-v1", "my_module:Id-v0"
     env = make_env("Boxing", obs="pixels")    # an Atari game: discrete actions, 64 x 64 RGB
+    env = make_env("catch", obs="pixels")     # one of the small GAMES, which need no package
     register("my_module:task", Facts(..), make)   # in my_module.py: a task of your own
     with Workers(2) as workers:               # whole episodes, played in two processes
         episodes = workers.rollout([("walker-walk", 0), ("cup-spin", 1)], policy)
@@ -78,6 +79,9 @@ ATARI_SCORES = {  # of a random policy and of a human tester (Mnih et al., 2015)
     "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0), "RoadRunner": (11.5, 7845.0),
     "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2)}
 ATARI26 = tuple(ATARI_SCORES)  # the 26 games of the Atari-100k benchmark
+GAMES = {  # see _Game: mean return of random play, and of a player that knows the rules
+    "catch": (-6.7, 10.0), "avoid": (-6.7, 10.0), "chase": (1.1, 13.9), "paint": (16.4, 35.0),
+    "collect": (3.9, 32.4), "mirror-catch": (-6.7, 10.0)}  # looks like catch: left is right
 SUITES = {"mt30": MT30, "mt80": MT80}  # names of task sets
 MOVED_TASKS = {new.partition(":")[2]: new for new in """
     studies.bodies:hopper studies.bodies:ant studies.bodies:anymal studies.bodies:humanoid
@@ -96,6 +100,9 @@ def task_facts(task):
     if (game := task.partition("@")[0]) in ATARI_SCORES:
         random, human = ATARI_SCORES[game]
         return Facts(3 * 64 * 64, 18, 27_000, 4, human - random, True)
+    if task in GAMES:
+        random, best = GAMES[task]
+        return Facts(3 * 64 * 64, 3 if task in _FALLING else 5, 60, 1, best - random, False)
     family = _registered(task)
     return family.facts if family else _measured_facts(task)
 
@@ -111,11 +118,12 @@ def score(task, ret, success):
     """Score of an episode with return `ret`, by the scale of the task's Facts.
 
     As in TD-MPC2 success for `mw-` tasks and return / 1000 for dm_control; for Atari
-    human-normalised (0 random, 1 a human tester). A task without a scale scores its return."""
+    human-normalised (0 random, 1 a human tester), for small games 1 is the best. A task without a
+    scale scores its return."""
     scale = task_facts(task).scale
     if scale is None:
         return float(ret)
-    random, _ = ATARI_SCORES.get(task.partition("@")[0], (0.0, 0.0))
+    random, _ = (ATARI_SCORES | GAMES).get(task.partition("@")[0], (0.0, 0.0))
     return (float(ret) - random) / scale if scale else float(success)
 
 
@@ -123,12 +131,12 @@ def _unknown(task):
     if task in MOVED_TASKS:
         return SystemExit(f"the task {task} has moved: type --task {MOVED_TASKS[task]}")
     suite = [f"{domain}-{name.replace('_', '-')}" for domain, name in _import_suite().ALL_TASKS]
-    known = [*MT80, *ATARI26, *_FAMILIES, *suite, *gymnasium.registry]
+    known = [*MT80, *ATARI26, *GAMES, *_FAMILIES, *suite, *gymnasium.registry]
     known = {name.rpartition(":")[2]: name for name in known[::-1]}
     near = difflib.get_close_matches(task.rpartition(":")[2], known, 3, 0.4)
-    return SystemExit(f"unknown task {task!r}: expected an MT30/MT80/ATARI26 name, a dm_control "
-                      "'domain-task' or a gymnasium id ('module:Id-v0' for your own); nearest: "
-                      f"{', '.join(known[name] for name in near) or 'none'}")
+    return SystemExit(f"unknown task {task!r}: expected an MT30/MT80/ATARI26/GAMES name, a "
+                      "dm_control 'domain-task' or a gymnasium id ('module:Id-v0' for your own); "
+                      f"nearest: {', '.join(known[name] for name in near) or 'none'}")
 
 
 # -------------------------------------------------------------------------------- your own families
@@ -165,15 +173,16 @@ def _registered(task):
 def make_env(task, seed=0, obs="state", size=64, **options):
     """Make one environment, a gymnasium.Env that passes gymnasium's check_env.
 
-    task: a name of MT30, MT80 or ATARI26 (`Breakout@m4d1`: in the ALE's mode 4, difficulty 1); a
-      dm_control task as `domain-task` (the first '-' ends the domain, the others stand for '_',
-      'cup' is ball_in_cup); a gymnasium id with continuous actions (`module:Id-v0` imports
+    task: a name of MT30, MT80, GAMES or ATARI26 (`Breakout@m4d1`: in the ALE's mode 4, difficulty
+      1); a dm_control task as `domain-task` (the first '-' ends the domain, the others stand for
+      '_', 'cup' is ball_in_cup); a gymnasium id with continuous actions (`module:Id-v0` imports
       `module`); or a name given to `register`.
     seed: of the first reset; `reset(seed=s)` fixes all that is random in an episode.
-    obs: "state" gives float32 (O,); "pixels" uint8 (size, size, 3), by OpenGL except for Atari.
+    obs: "state" gives float32 (O,); "pixels" uint8 (size, size, 3), by OpenGL except for games.
     options: of Atari: sticky, life_loss, noop, frame_cap; of Meta-World: camera, repeat, length.
     Actions are float32 (A,) in [-1, 1], rescaled to the task's own bounds where these are finite;
-    Atari has 18 discrete ones. `info["success"]` is a float, 0.0 where there is no such notion.
+    Atari has 18 discrete ones, a small game 3 or 5. `info["success"]` is a float, 0.0 where there
+    is no such notion.
 
     Episodes: dm_control repeats each action twice, is truncated after 500 agent steps and never
     terminated; Meta-World repeats twice, is truncated after 100, and draws a new goal at each
@@ -184,6 +193,8 @@ def make_env(task, seed=0, obs="state", size=64, **options):
         raise SystemExit(f"make_env got obs={obs!r}; expected 'state' or 'pixels'")
     if task.partition("@")[0] in ATARI26:
         return _Atari(task, seed, obs, size, **options)
+    if task in GAMES:
+        return _Game(task, seed, obs, size, **options)
     if obs == "pixels":
         choose_gl()  # an emulator draws without
     if task.startswith("mw-"):
@@ -537,6 +548,105 @@ def _areas(n, m):
     right = np.minimum(edge[1:, None], np.arange(1, n + 1))
     inside = right - np.maximum(edge[:-1, None], np.arange(n))
     return (np.clip(inside, 0, None) * m / n).astype(np.float32)
+
+
+# -------------------------------------------------------------------------------------- small games
+_FALLING = "catch", "mirror-catch", "avoid"  # the player stands in the bottom row
+_MOVES = (0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)  # (row, column): stay, left, right, up, down
+_COLORS = {"player": (60, 160, 255), "catch": (255, 220, 0), "avoid": (255, 60, 60),
+           "chase": (255, 80, 255), "paint": (0, 200, 120), "collect": (255, 140, 0)}
+
+
+class _Game(_Env):
+    """A game on 6 x 6 places that is learnt from pixels in minutes: bright blocks of size // 6
+    pixels, dense rewards, 60 steps (nobody sees how many are left: truncated, not terminated).
+
+    catch, mirror-catch, avoid: a ball (or a wall with a gap) comes down, a row per step, ten times;
+    in the bottom row it is worth +1, or -1 if the player is in another column than the ball (the
+    gap). chase: +1 for meeting the prey, which moves by one place in half of the steps; the next
+    one appears elsewhere. paint: +1 for every place at the first visit. collect: +1 for an item,
+    which then appears elsewhere. Attribute `legal`: all actions, as of an Atari game."""
+    N = 6
+
+    def __init__(self, task, seed, obs="pixels", size=64):
+        if obs != "pixels" or size < self.N:
+            raise SystemExit(f"{task} has no state, and 6 x 6 places: type make_env({task!r}, "
+                             f"obs='pixels') with a size of 6 or more; got {obs!r}, size={size}")
+        facts = task_facts(task)._replace(obs_dim=3 * size * size)
+        self._setup(task, seed, obs, size, facts, 6)
+        self.legal = list(range(facts.act_dim))
+        self.action_space = gymnasium.spaces.Discrete(facts.act_dim)
+
+    def _restart(self, seed):
+        falls = self.task in _FALLING
+        self._me, self._things = (self.N - 1 if falls else self._draw(), self._draw()), []
+        if self.task == "paint":
+            self._things = [self._me]
+        elif falls:
+            self._things = [(0, self._draw())]  # of a wall the gap
+        else:
+            for _ in range(6 if self.task == "collect" else 1):
+                self._things.append(self._elsewhere())
+
+    def _draw(self):
+        return int(self.np_random.integers(self.N))
+
+    def _elsewhere(self):
+        while (place := (self._draw(), self._draw())) in (self._me, *self._things):
+            pass
+        return place
+
+    def _moved(self, place, move):
+        return tuple(min(max(x + d, 0), self.N - 1) for x, d in zip(place, move))
+
+    def _read(self, action):
+        return int(action)
+
+    def _advance(self, action):
+        row, col = _MOVES[action if action in self.legal else 0]
+        self._me = self._moved(self._me, (row, -col if self.task == "mirror-catch" else col))
+        play = {"paint": self._paint, "chase": self._chase, "collect": self._collect}
+        return None, play.get(self.task, self._fall)(), False, False, {"success": 0.0}
+
+    def _fall(self):
+        row, col = self._things[0]
+        row, col = self._things[0] = (row + 1, col) if row < self.N - 1 else (0, self._draw())
+        return 0.0 if row < self.N - 1 else 1.0 if self._me[1] == col else -1.0
+
+    def _paint(self):
+        new = self._me not in self._things
+        self._things += [self._me] * new
+        return float(new)
+
+    def _chase(self):
+        if self._me not in self._things and self.np_random.integers(2):
+            self._things = [self._moved(self._things[0], _MOVES[self.np_random.integers(1, 5)])]
+        return self._collect()
+
+    def _collect(self):
+        if self._me not in self._things:
+            return 0.0
+        self._things[self._things.index(self._me)] = self._elsewhere()
+        return 1.0
+
+    def _observe(self, obs):
+        places, things = np.zeros((self.N, self.N, 3), np.uint8), self._things
+        if self.task == "avoid":
+            row, gap = things[0]
+            things = [(row, col) for col in range(self.N) if col != gap]
+        for place in things:
+            places[place] = _COLORS[self.task.removeprefix("mirror-")]
+        places[self._me] = _COLORS["player"]
+        block, rest = divmod(self._size, self.N)
+        margin = rest // 2, rest - rest // 2
+        return np.pad(places.repeat(block, 0).repeat(block, 1), (margin, margin, (0, 0)))
+
+    def render(self):
+        """What the agent sees."""
+        return self._observe(None)
+
+    def close(self):
+        """Nothing: there is no simulation."""
 
 
 # ------------------------------------------------------------------------------------------- OpenGL

@@ -11,6 +11,7 @@ expert this is STORM (arXiv 2310.09615), `--storm`.
     python mow.py                             # Boxing, Krull, RoadRunner: 18 minutes on one core;
                                               # the reconstruction loss falls from 3,000 to 25
     python mow.py --task Boxing --storm       # the single-task baseline; --fast: see that it works
+    python mow.py --storm --task catch --steps 1800 --rollouts 64 --eval-episodes 10
     torchrun --nproc-per-node 4 mow.py --task atari26   # each GPU takes a quarter of every batch
 
 Copy me together with envs.py and data.py.  Shapes: K tasks, B sequences, L steps, C context,
@@ -57,14 +58,14 @@ import torch.nn.functional as F
 
 import data
 from data import Frames, Run, choose_device, join_ranks, write_csv
-from envs import ATARI26, ATARI_SCORES, METAWORLD50, MT10, Fleet, score
+from envs import ATARI26, ATARI_SCORES, GAMES, METAWORLD50, MT10, Fleet, score
 
 
 @dataclass
 class Args:
     task: str = "Boxing,Krull,RoadRunner"
-    """Atari games and Meta-World tasks (mw-reach) with commas between, or atari26, mt10, mt50;
-    Boxing@m0d1 is a game in another mode and difficulty"""
+    """small games (catch), Atari games and Meta-World tasks (mw-reach) with commas between, or
+    games, atari26, mt10, mt50; Boxing@m0d1 is a game in another mode and difficulty"""
     seed: int = 1
     """of networks, data and everything random"""
     storm: bool = False
@@ -1192,7 +1193,8 @@ def report(tasks, labels, played, run):
     scores = [row["score"] for row in rows]
     mean, median = float(np.mean(scores)), float(np.median(scores))
     print(f"""mean score {mean:.3f}, median {median:.3f}; 1 training seed
-score: human-normalised (Atari), success (Meta-World); sem: standard error over episodes
+score: human-normalised (Atari), best-normalised (small games), success (Meta-World)
+sem: standard error over episodes
 blind: the agent's own actions in random order; only a return above it shows that seeing pays
 storm: published, 100k steps, one agent per game. MoW's mean for all 26 games: {MOW_MEAN_HNS}""")
     return {"rows": rows, "mean_score": mean, "median_score": median, "played": played,
@@ -1203,15 +1205,16 @@ storm: published, 100k steps, one agent per game. MoW's mean for all 26 games: {
 # -------------------------------------------------------------------------------------------- main
 def task_list(text):
     """Names of tasks from a set or a list with commas. SystemExit: an unknown one, or one twice."""
-    sets, tasks = {"atari26": ATARI26, "mt10": MT10, "mt50": METAWORLD50}, []
+    sets = {"games": GAMES, "atari26": ATARI26, "mt10": MT10, "mt50": METAWORLD50}
+    known, tasks = {*GAMES, *ATARI26, *METAWORLD50}, []
     for name in text.split(","):
         tasks += sets.get(name.strip(), (name.strip(),))
     for task in tasks:
-        if task not in METAWORLD50 and task.partition("@")[0] not in ATARI26:
-            near = difflib.get_close_matches(task, [*ATARI26, *METAWORLD50, *sets], 3, 0.4)
+        if task not in known and task.partition("@")[0] not in ATARI26:
+            near = difflib.get_close_matches(task, [*sorted(known), *sets], 3, 0.4)
             raise SystemExit(
-                f"--task {task!r} is unknown: expected a game of the Atari-100k benchmark, a "
-                "Meta-World task (mw-reach), atari26, mt10 or mt50; nearest: "
+                f"--task {task!r} is unknown: expected a small game (catch), one of the Atari-100k "
+                "benchmark, a Meta-World task (mw-reach), games, atari26, mt10 or mt50; nearest: "
                 f"{', '.join(near) or 'none'}")
         if tasks.count(task) > 1:
             raise SystemExit(f"--task {text} names {task} twice: name every task once")
@@ -1276,7 +1279,7 @@ def task_options(args, tasks):
     atari = {k: x if k == "sticky" else int(x) for k, x in args.atari.items()}
     del atari["full_actions"]
     metaworld = dict(camera="corner4", repeat=1, length=500)
-    return {t: metaworld if t in METAWORLD50 else atari for t in tasks}
+    return {t: metaworld if t in METAWORLD50 else {} if t in GAMES else atari for t in tasks}
 
 
 def load_checkpoint(agent, file):
