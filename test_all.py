@@ -1392,6 +1392,65 @@ def test_atari_frames_are_averages_over_areas_and_maxima_of_two_frames():
     assert np.array_equal(obs, env._shrink(np.maximum(frames[2], frames[3])))
 
 
+def small_game(task, seed, choose):
+    """The frames, rewards and actions of an episode, in which choose(env) plays."""
+    env = envs.make_env(task, obs="pixels")
+    frames, rews, acts, over = [env.reset(seed=seed)[0]], [], [], False
+    while not over:
+        acts.append(choose(env))
+        obs, rew, terminated, over, _ = env.step(acts[-1])
+        frames.append(obs), rews.append(rew)
+        assert not terminated
+    return np.stack(frames), rews, acts
+
+
+def knows_the_rules(env):
+    """Straight to the nearest thing, or to the nearest place that has not been painted."""
+    goals, (row, col) = env._things, env._me
+    if env.task == "paint":
+        goals = [x for x in np.ndindex(6, 6) if x not in goals] or [env._me]
+    elif env.task in envs._FALLING:
+        goals = [(row, goals[0][1])]
+    y, x = min(goals, key=lambda goal: abs(goal[0] - row) + abs(goal[1] - col))
+    turn = -1 if env.task == "mirror-catch" else 1
+    move = (0, turn * np.sign(x - col)) if x != col else (np.sign(y - row), 0)
+    return envs._MOVES.index(move)
+
+
+@pytest.mark.parametrize("task", envs.GAMES)
+def test_small_games_can_be_won_and_random_play_gets_what_the_table_says(task):
+    check_env(envs.make_env(task, obs="pixels"), skip_render_check=True)
+    (random, best), facts = envs.GAMES[task], envs.task_facts(task)
+    assert facts[2:] == (60, 1, best - random, False)
+    assert [envs.score(task, x, 0) for x in (random, best)] == pytest.approx([0, 1])
+    rng = np.random.default_rng(0)
+    got = [[sum(small_game(task, seed, choose)[1]) for seed in range(60)]
+           for choose in (lambda env: int(rng.integers(facts.act_dim)), knows_the_rules)]
+    assert abs(np.mean(got[0]) - random) < 4 * np.std(got[0]) / 60 ** 0.5 + 0.1  # rounded
+    assert abs(np.mean(got[1]) - best) < 4 * np.std(got[1]) / 60 ** 0.5 + 0.1
+    assert task not in envs._FALLING or set(got[1]) == {10.0}
+    frames, rews, acts = small_game(task, 3, knows_the_rules)
+    again = small_game(task, 3, lambda env: acts[env.t])
+    assert np.array_equal(frames, again[0]) and rews == again[1]
+    assert not np.array_equal(frames, small_game(task, 4, knows_the_rules)[0])
+    assert frames.shape == (61, 64, 64, 3) and not frames[:, :2].any() and not frames[:, 62:].any()
+    assert (frames[:, 2:62, 2:62] == frames[:, 2:62:10, 2:62:10].repeat(10, 1).repeat(10, 2)).all()
+    with envs.Fleet([task]) as fleet:  # and in a process it is the same game
+        assert fleet.legal == [list(range(facts.act_dim))]
+        assert np.array_equal(fleet.reset([3])[0], frames[0])
+        for t in range(60):
+            fleet.send([acts[t]], [4])
+            (obs, rew, terminated, truncated, _), = fleet.receive()
+            assert rew == rews[t] and truncated == (t == 59) and not terminated
+            assert truncated or np.array_equal(obs, frames[t + 1])
+
+
+def test_mirror_catch_looks_like_catch_and_moves_the_other_way():
+    catch, mirror, same = (small_game(task, 7, lambda env, a=a: a)[0] for task, a in (
+        ("catch", 1), ("mirror-catch", 2), ("mirror-catch", 1)))  # 1: left, 2: right
+    assert np.array_equal(catch, mirror) and not np.array_equal(catch, same)
+
+
 # ------------------------------------------------------------------------------------- side by side
 @pytest.mark.parametrize("task", ["InvertedPendulum-v5", "hopper-hop", DOT, "own_tasks:dots"])
 def test_rows_equal_single_environments_and_go_on_from_their_actions(task):
@@ -1588,6 +1647,8 @@ def played(*tasks, act=idle):
     (lambda: envs.make_env("ant"), "ant has moved | type --task studies.bodies:ant"),
     (lambda: envs.task_facts("ball-wall"), "type --task studies.plants:ball-wall"),
     (lambda: envs.make_env("Pong"), "Pong has no state | obs='pixels'"),
+    (lambda: envs.make_env("catch"), "catch has no state | obs='pixels'"),
+    (lambda: envs.make_env("chase", obs="pixels", size=5), "size of 6 or more | size=5"),
     (lambda: envs.make_env("Pong@m9d9", obs="pixels"), "Pong@m<mode>d<difficulty>"),
     (lambda: envs.make_env(WALK, obs="pixels").reset(), "draws no frames | obs='state'"),
     (lambda: envs.make_env("own_tasks:wide"), "own_tasks:wide | (4, 1) | (3, 1)"),
@@ -4171,7 +4232,8 @@ def test_storm_and_runs_of_robots_and_games(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("words,more", [
-    (("'Boxin'", "nearest: Boxing"), dict(task="Boxin")), (("twice",), dict(task="Pong,Pong")),
+    (("'Boxin'", "nearest: Boxing"), dict(task="Boxin")), (("nearest: catch",), dict(task="catsh")),
+    (("twice",), dict(task="Pong,Pong")),
     (("--clusters 4", "1 to 3"), dict(task=GAMES, clusters=4)),
     (("--topk 4", "1 to 3"), dict(task=GAMES, experts=3, topk=4)),
     (("--storm", "3 tasks"), dict(task=GAMES, storm=True)),
