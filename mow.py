@@ -11,7 +11,7 @@ expert this is STORM (arXiv 2310.09615), `--storm`.
     python mow.py                             # Boxing, Krull, RoadRunner: 18 minutes on one core;
                                               # the reconstruction loss falls from 3,000 to 25
     python mow.py --task Boxing --storm       # the single-task baseline; --fast: see that it works
-    python mow.py --storm --task catch --steps 1800 --rollouts 64 --eval-episodes 10
+    python mow.py --storm --task catch --steps 3400 --random-steps 2000 --rollouts 64   # 2 minutes
     torchrun --nproc-per-node 4 mow.py --task atari26   # each GPU takes a quarter of every batch
 
 Copy me together with envs.py and data.py.  Shapes: K tasks, B sequences, L steps, C context,
