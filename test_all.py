@@ -855,7 +855,9 @@ def test_run_killed_goes_on_and_a_second_signal_does_not_wait(tmp_path, monkeypa
     def twice(i):
         if i == 2:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # two signals at once would count as one
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
     with pytest.raises(KeyboardInterrupt):
         toy(ToyFlags(str(tmp_path / "twice")), twice)
 
@@ -1873,7 +1875,7 @@ def test_world_model_learns_and_keeps_its_rules():
                      torch.randint(3, (32,), generator=g))
     with torch.no_grad():
         wm.task_emb.weight.mul_(1000)
-    before, losses = {k: v.clone() for k, v in wm.state_dict().items()}, []
+    before, losses = {k: v.detach().clone() for k, v in wm.named_parameters()}, []
     for _ in range(60):
         pwm.set_rates(opt, 1e-3, 0.9)
         loss, metrics, z = agent.functions.world_model_loss(batch, 0.99)
@@ -1881,7 +1883,7 @@ def test_world_model_learns_and_keeps_its_rules():
         agent.after_model_step(z, batch, metrics)
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    assert all((v != before[k]).any() for k, v in wm.state_dict().items())  # all are trained
+    assert all((v != before[k]).any() for k, v in wm.named_parameters())  # all are trained
     assert (wm.task_emb.weight.norm(dim=1) <= 1 + 1e-6).all()
     assert [round(g["lr"] / 9e-4, 6) for g in opt.param_groups] == [0.3, 1.0]
 

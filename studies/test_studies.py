@@ -441,7 +441,7 @@ def test_throughput_of_bodies(tmp_path, monkeypatch):
     assert all(row["one"] > 100 and row["per_cpu"] > 100 for row in result["table"])
 
 
-PUSHED, HUMANOID = "studies.scenes:Pushed", "studies.scenes:Humanoid"
+PUSHED, PERSON = "studies.scenes:Pushed", "studies.scenes:Humanoid"
 
 
 # ------------------------------------------------------------------------------------------ scenes
@@ -464,7 +464,7 @@ def test_scenes_pushed_actions_move_their_own_object(tmp_path):
 
 
 def test_scenes_humanoid_masks_flow_and_actions(tmp_path):
-    data.make_video(tmp_path, HUMANOID, 10, 12, 64, "parts")
+    data.make_video(tmp_path, PERSON, 10, 12, 64, "parts")
     x, meta = data.open_video(tmp_path)
     assert [len(g) for g in meta["groups"]] == [18, 12, 12, 7, 7]
     assert x["actions"].shape == (10, 12, 56)
@@ -540,7 +540,7 @@ def test_scenes_bad_kinds_and_caches_are_one_sentence(tmp_path, monkeypatch):
     with says("no part_*.h5", "make_video"):
         data.open_video(tmp_path)
     for kind, words in (("x", "no scene 'x'"), ("studies.scenes:Nothing", "no scene"),
-                        ("pushed", PUSHED), ("humanoid", HUMANOID),
+                        ("pushed", PUSHED), ("humanoid", PERSON),
                         ("crowd", "studies.scenes:Crowd"), ("mocapact", "studies.mocapact")):
         with says(words):
             data.make_video(tmp_path, kind, 20, 12)
@@ -1348,8 +1348,8 @@ def test_ed2_partitions_and_their_agreement():
         with says("exactly once", "0..2"):
             ed2_partitions.check_partition(groups, 3)
     for seed in range(5):
-        got, other = (ed2_partitions.random_partition(HUMANOID, seed + n) for n in (0, 1))
-        assert [len(g) for g in got] == [len(g) for g in HUMANOID] and got != other
+        got, other = (ed2_partitions.random_partition(test_all.HUMANOID, seed + n) for n in (0, 1))
+        assert [len(g) for g in got] == [len(g) for g in test_all.HUMANOID] and got != other
         assert ed2_partitions.check_partition(got, 21) == got
 
     def slow(p, q):  # over all pairs of actions: together or apart
@@ -1360,7 +1360,8 @@ def test_ed2_partitions_and_their_agreement():
         return (sum(x and y for x, y in both) - a * b / n) / ((a + b) / 2 - a * b / n)
 
     rand, limbs = ed2_partitions.adjusted_rand, ed2_partitions.LIMBS
-    for p, q in ((WALKER, limbs["walker"]), (CHEETAH, WALKER), (HUMANOID, limbs["humanoid"])):
+    humanoid = test_all.HUMANOID, limbs["humanoid"]
+    for p, q in ((WALKER, limbs["walker"]), (CHEETAH, WALKER), humanoid):
         assert rand(p, q) == pytest.approx(slow(p, q)) == rand(q, p)
     assert rand([[0, 1], [2, 3]], [[0, 1], [2], [3]]) == pytest.approx(4 / 7)
     assert rand([[0, 1], [2, 3]], [[2, 3], [0, 1]]) == 1  # the names of groups do not matter
@@ -1396,7 +1397,7 @@ def test_ed2_influence_is_the_effect_of_a_permuted_action():
 
 # -------------------------------------------------------------------------------- cores and cost
 def test_ed2_heads_of_their_own_average_logits_or_outputs():
-    every = WALKER, CHEETAH, HOPPER, HUMANOID
+    every = WALKER, CHEETAH, test_all.HOPPER, test_all.HUMANOID
     table = {("pre", "5M"): (216, 168, 208, 88), ("pre", "1M"): (184, 152, 184, 88),
              ("post", "5M"): (208, 168, 208, 88), ("post", "1M"): (184, 152, 184, 88)}
     z, act = torch.randn(5, 16), torch.randn(5, 6)
@@ -1508,7 +1509,7 @@ def test_ed2_loop_with_copied_weights_is_the_batched_core():
 def test_ed2_variants_of_the_tables():
     for wm, size in (("tdmpc2", "1M"), ("dreamerv3", "1m")):
         count, full = ed2.counter(wm, size)
-        for groups in (WALKER, CHEETAH, HOPPER, HUMANOID):
+        for groups in (WALKER, CHEETAH, test_all.HOPPER, test_all.HUMANOID):
             models = ed2_tables.variants(groups, full, count, 5)
             size_of = {v: count(*m) for v, m in models.items()}
             for v in ("ed2", "random", "nosplit"):
