@@ -1358,6 +1358,5 @@ for _old in ("transfer", "pretrain", "tokens", "fidelity"):
 MOVED["--experiment experts"] = MOVED["--gate"]
 
 
-
 if __name__ == "__main__":
     main(data.parse(Args, __doc__, MOVED))

@@ -25,8 +25,9 @@ import pwm
 from studies import common, tdmpc2
 from studies.common import StudyArgs, command, figure, finish, open_run, paired, save_figure
 
-DATA = dict(wm_steps=6000, wm_batch=128, policy_steps=1200, policy_batch=16)  # the run for it
-CELL = dict(wm_steps=2000, wm_batch=128, wm_horizon=3, policy_steps=400, policy_batch=16)
+DATA = dict(wm_steps=6000, wm_batch=128, policy_steps=1200, policy_batch=16, horizon=16)
+CELL = dict(wm_steps=2000, wm_batch=128, wm_horizon=3, policy_steps=400, policy_batch=16,
+            horizon=16)
 FAST = dict(wm_steps=6, wm_batch=8, wm_horizon=3, policy_steps=3, policy_batch=4, eval_episodes=1,
             seed_episodes=4, round_episodes=2, rounds=2, horizon=4, model_size=1)
 ABLATIONS = {  # name: (the paper's claim, the sign of the difference it means, {variant: changes})
